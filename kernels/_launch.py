@@ -1,0 +1,122 @@
+"""Launching a kernel: the one gate that every launch goes through, and pure helpers for configs.
+
+Because every launch passes `launch`, a tool can look at launches without a GPU: `intercept` hands
+each one, with its arguments and config, to a function in place of the device. The offline compiler,
+the memory-safety gate and the launch counter are built on that, so none of them declares a kernel's
+arguments a second time.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ._triton import INTERPRET
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: ``kernel[grid](*args, **constexprs)`` with its compile options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self, kernel: Any = None) -> None:
+        """Run it, through `kernel` (a wrapped copy of the same kernel) where one is given."""
+        (self.kernel if kernel is None else kernel)[self.grid](
+            *self.args,
+            **self.constexprs,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            # Triton 3.10 turns the contraction of a * b + c off by default.
+            enable_fp_fusion=True,
+        )
+
+
+# Plain globals and not context variables: autograd calls backward launchers from its own threads.
+_interceptor: Callable[[Launch], None] | None = None
+_capability: tuple[int, int] | None = None
+
+# Streaming multiprocessors of the cards that configs are compiled for without a card.
+_SM_COUNT = {(8, 0): 108, (9, 0): 132}
+
+
+@contextlib.contextmanager
+def intercept(
+    handle: Callable[[Launch], None], capability: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """Send every launch to `handle` instead of the device, with configs made for `capability`."""
+    global _interceptor, _capability
+    before = _interceptor, _capability
+    _interceptor, _capability = handle, capability
+    try:
+        yield
+    finally:
+        _interceptor, _capability = before
+
+
+def intercepted() -> bool:
+    """Whether launches go to a tool, so that tensors need not be on a GPU."""
+    return _interceptor is not None
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constexprs: Any,
+) -> None:
+    """Launch `kernel` on the device of its first tensor argument; an empty grid does nothing."""
+    if 0 in grid:
+        return
+    this = Launch(kernel, grid, args, constexprs, num_warps, num_stages)
+    if _interceptor is not None:
+        _interceptor(this)
+        return
+    device = next(a for a in args if isinstance(a, torch.Tensor)).device
+    if INTERPRET or device.index == torch.cuda.current_device():
+        this.run()
+    else:  # Triton launches on the current device, whatever the tensors are on.
+        with torch.cuda.device(device):
+            this.run()
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability that configs are made for: the card's, or sm_80 where there is none."""
+    if _capability is not None:
+        return _capability
+    if device.type != "cuda":
+        return (8, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of `device` (or of the card compiled for)."""
+    if device.type == "cuda" and _capability is None:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _SM_COUNT.get(capability(device), 108)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (and at least 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Precision of a float32 ``tl.dot``: torch's own flag, since Triton would default to TF32."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"

@@ -1,0 +1,296 @@
+"""Op, define() and REGISTRY: the one list of ops, read by tests, benchmarks, tools and explain().
+
+An op is a PyTorch operator ``torch.ops.vitkern.<name>`` with an exact fake: CUDA tensors run its
+Triton launcher, tensors on any other device its portable implementation. The public function of the
+same name in the op's file checks arguments, asks `choose` for an implementation, and adds autograd.
+
+Autocast never reaches an op: the public function turns it into explicit dtypes (`autocast_dtype`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._launch import intercepted
+from ._triton import INTERPRET, TRITON_MISSING
+
+LIBRARY = torch.library.Library("vitkern", "DEF")
+REGISTRY: dict[str, "Op"] = {}
+
+# What the Triton kernels read and write; everything else (float64, say) is for the portable path.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Arg:
+    """How a sample makes one tensor argument: normal values, or integers for uint8 and bool.
+
+    dtype None stands for the dtype under test.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def make(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        """A tensor of this kind on `device`; the values are drawn on the CPU, so all devices agree."""
+        dtype = self.dtype or dtype
+        if dtype == torch.uint8:
+            value = torch.randint(0, 256, self.shape, generator=generator, dtype=dtype)
+        elif dtype == torch.bool:
+            value = torch.randint(0, 2, self.shape, generator=generator).bool()
+        else:
+            value = torch.randn(self.shape, generator=generator) * self.scale + self.offset
+        return value.to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One set of arguments for an op: what tests check, benchmarks time and tools compile.
+
+    Option values that are a function are called with the dtype under test, for arguments such as
+    `out_dtype` that follow it.
+    """
+
+    label: str
+    args: dict[str, Arg | None]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def make(self, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+        """Keyword arguments of the op."""
+        device = torch.device(device)
+        generator = torch.Generator().manual_seed(seed)
+        made = {
+            name: None if arg is None else arg.make(device, dtype, generator)
+            for name, arg in self.args.items()
+        }
+        options = {k: v(dtype) if callable(v) else v for k, v in self.options.items()}
+        return {**made, **options}
+
+
+def same(dtype: torch.dtype) -> torch.dtype:
+    """Option value for a Sample: the dtype under test itself."""
+    return dtype
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operator and all that is known about it.
+
+    reference: the definition, in plain differentiable PyTorch that accumulates in float32 or better.
+    portable: the same by the fastest ATen calls; differentiable too.
+    launcher: the same by Triton kernels, without autograd; None where there is no kernel yet.
+    samples: "tiny" for correctness (odd shapes), "vit" for benchmarks (shapes of real models).
+    flops, bytes_moved: of a perfect kernel, from the op's own keyword arguments.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    portable: Callable[..., Any]
+    portable_name: str
+    launcher: Callable[..., Any] | None
+    fake: Callable[..., Any]
+    samples: Callable[[str], Iterable[Sample]]
+    flops: Callable[..., int]
+    bytes_moved: Callable[..., int]
+    backward_of: str | None
+    call: Callable[..., Any]
+
+    @property
+    def implementations(self) -> dict[str, Callable[..., Any]]:
+        """Implementations by the name that `impl` takes, in the order in which auto tries them."""
+        kernel = {} if self.launcher is None else {"triton": self.call}
+        return {**kernel, self.portable_name: self.portable, "reference": self.reference}
+
+
+def define(
+    name: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    samples: Callable[[str], Iterable[Sample]],
+    flops: Callable[..., int],
+    bytes_moved: Callable[..., int],
+    portable: Callable[..., Any] | None = None,
+    portable_name: str = "torch",
+    launcher: Callable[..., Any] | None = None,
+    backward_of: str | None = None,
+) -> Op:
+    """Register ``torch.ops.vitkern.<name>`` (schema inferred from `reference`) and list it."""
+    portable = portable or reference
+    LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
+    torch.library.register_fake(f"vitkern::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
+    if launcher is not None:
+        LIBRARY.impl(name, launcher, "CUDA")
+        if INTERPRET:  # the interpreter runs kernels on CPU tensors
+            LIBRARY.impl(name, launcher, "CPU")
+    op = Op(
+        name=name,
+        reference=reference,
+        portable=portable,
+        portable_name=portable_name,
+        launcher=launcher,
+        fake=fake,
+        samples=samples,
+        flops=flops,
+        bytes_moved=bytes_moved,
+        backward_of=backward_of,
+        call=getattr(torch.ops.vitkern, name).default,
+    )
+    REGISTRY[name] = op
+    return op
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation an op took for one call, and why."""
+
+    op: str
+    implementation: str
+    why: str
+
+
+_recorded: list[Choice] | None = None
+
+
+@contextlib.contextmanager
+def record_choices() -> Iterator[list[Choice]]:
+    """Collect the choices made inside the block, one a call."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def choose(
+    op: Op,
+    impl: str,
+    *tensors: Tensor | None,
+    unfit: Mapping[str, str | None] | None = None,
+    lone_norm: bool = False,
+) -> str:
+    """Name of the implementation that runs this call.
+
+    Args:
+        impl: "auto", or a name from ``op.implementations``; a name that can't run raises.
+        tensors: the call's tensors, whose device and dtype decide.
+        unfit: for implementations that this call's options rule out, the reason.
+        lone_norm: the op is pointwise or a row reduction, which a compiler fuses into its
+            neighbours while our kernel would be a wall between them.
+
+    Raises:
+        ValueError: unknown name, or an explicit one that can't run here; the text says why.
+    """
+    unfit = unfit or {}
+    if impl == "auto":
+        name, why = _automatic(op, tensors, unfit, lone_norm)
+    else:
+        if impl not in op.implementations:
+            known = ", ".join(["auto", *op.implementations])
+            raise ValueError(f"{op.name}: unknown impl {impl!r}; expected one of {known}")
+        problem = unfit.get(impl) or (kernel_problem(tensors) if impl == "triton" else None)
+        if problem:
+            raise ValueError(f"{op.name}: impl={impl!r} can't run here: {problem}")
+        name, why = impl, "asked for"
+    if _recorded is not None:
+        _recorded.append(Choice(op.name, name, why))
+    return name
+
+
+def _automatic(
+    op: Op, tensors: tuple[Tensor | None, ...], unfit: Mapping[str, str | None], lone_norm: bool
+) -> tuple[str, str]:
+    if unfit.get(op.portable_name):
+        fallback, ruled_out = "reference", f"; {op.portable_name}: {unfit[op.portable_name]}"
+    else:
+        fallback, ruled_out = op.portable_name, ""
+    if op.launcher is None:
+        return fallback, "no kernel of our own yet" + ruled_out
+    if INTERPRET and not any(t is not None and t.is_cuda for t in tensors):
+        return fallback, "the interpreter is for tests: ask for impl='triton' to run it" + ruled_out
+    problem = unfit.get("triton") or kernel_problem(tensors)
+    if problem:
+        return fallback, problem + ruled_out
+    if lone_norm and torch.compiler.is_compiling():
+        return fallback, "inside torch.compile, which fuses it with its neighbours" + ruled_out
+    return "triton", "CUDA tensors of a kernel dtype"
+
+
+def kernel_problem(tensors: Iterable[Tensor | None]) -> str | None:
+    """Why the Triton kernels can't take these tensors; None where they can."""
+    if TRITON_MISSING is not None:
+        return TRITON_MISSING
+    for t in tensors:
+        if t is None:
+            continue
+        if not (t.is_cuda or INTERPRET or intercepted()):
+            return f"Triton kernels need CUDA tensors, these are on {t.device.type}"
+        if t.is_floating_point() and t.dtype not in KERNEL_DTYPES:
+            return f"no kernel for {dtype_name(t.dtype)}"
+    return None
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks matrix products to run in on `device`; None outside autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What a reference computes in: float32, or float64 where an argument is float64."""
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return torch.float64
+    return torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def total_bytes(*tensors: Tensor | None) -> int:
+    """Bytes of all elements of these tensors, each read or written once."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Every named tensor is floating point, and all lie on one device."""
+    first: tuple[str, Tensor] | None = None
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {dtype_name(t.dtype)}")
+        if first is None:
+            first = (name, t)
+        elif t.device != first[1].device:
+            raise ValueError(
+                f"{op}: {name} is on {t.device} and {first[0]} on {first[1].device}; "
+                "expected all tensors on one device"
+            )
+
+
+def check_shape(op: str, name: str, t: Tensor | None, *expected: int | str) -> None:
+    """`t` has this shape; a string in `expected` is a dimension of any size, named in the error."""
+    if t is None:
+        return
+    fits = t.dim() == len(expected) and all(
+        isinstance(e, str) or s == e for s, e in zip(t.shape, expected, strict=False)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, expected))
+        raise ValueError(f"{op}: {name} must be [{wanted}], got {list(t.shape)}")

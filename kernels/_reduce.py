@@ -1,0 +1,47 @@
+"""Second stage of every deterministic reduction: add up the rows of partial sums.
+
+A kernel that reduces over tokens lets each program write its own row of float32 partial sums; this
+kernel adds the rows in a fixed order. No atomics, so equal inputs give equal bits.
+"""
+
+import torch
+from torch import Tensor
+
+from ._launch import cdiv, launch, next_power_of_2
+from ._triton import jit, tl
+
+
+@jit
+def _column_sum_kernel(
+    partial,  # [R, C] float32
+    out,  # [C]
+    R,
+    C,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+    for start in range(0, R, BLOCK_R):
+        rows = start + tl.arange(0, BLOCK_R)
+        mask = (rows < R)[:, None] & (cols < C)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * C + cols[None, :]
+        total += tl.load(partial + offsets, mask=mask, other=0.0)
+    tl.store(out + cols, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=cols < C)
+
+
+def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of `partial` [R, ...] (float32, contiguous) over its first axis, as `dtype`."""
+    out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
+    rows, columns = partial.shape[0], out.numel()
+    if rows == 0:
+        return out.zero_()
+    # 1024 elements a step. Many rows of few columns (norm weights): tall tiles, so that enough
+    # loads are in flight; few rows of many columns (the patch projection): wide ones.
+    block_r = min(32, next_power_of_2(rows))
+    block_c = 1024 // block_r
+    grid = (cdiv(columns, block_c),)
+    launch(
+        _column_sum_kernel, grid, partial, out, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c
+    )
+    return out
