@@ -7,6 +7,19 @@ if __name__ == "kernels":
     )
 
 from ._op import REGISTRY
+from .add_layer_norm import add_layer_norm
+from .attention import QKNorm, attention, attention_pool
 from .layer_norm import layer_norm
+from .linear_act import linear_act
+from .residual_add import residual_add
 
-__all__ = ["REGISTRY", "layer_norm"]
+__all__ = [
+    "REGISTRY",
+    "QKNorm",
+    "add_layer_norm",
+    "attention",
+    "attention_pool",
+    "layer_norm",
+    "linear_act",
+    "residual_add",
+]

@@ -1,4 +1,4 @@
-"""The row-norm kernels behind `layer_norm` and `add_layer_norm`: LayerNorm and RMSNorm.
+"""What `layer_norm` and `add_layer_norm` share: the norm itself in PyTorch, and the row kernels.
 
 A row is one token. Its D values stay in registers from the first load to the last store, so each
 tensor is read or written once. Statistics are two-pass in float32 with a correction for the rounding
@@ -9,13 +9,46 @@ row, which it must load anyway: nothing is saved but the input.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import cdiv, launch, next_power_of_2, sm_count
+from ._op import accumulate_dtype
 from ._reduce import column_sum
 from ._triton import jit, tl
 
 MAX_WIDTH = 8192  # one row in the registers of one program
+
+
+def normalise(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """The definition: (x_hat, 1 / spread) of the rows of `x`, in the dtype of `x`."""
+    centred = x if rms else x - x.mean(-1, keepdim=True)
+    rstd = 1 / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return centred * rstd, rstd
+
+
+def reference_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, rows whose sum is dweight), both in the accumulation dtype; the sum of dy is dbias."""
+    acc = accumulate_dtype(dy, x, weight)
+    x_hat, rstd = normalise(x.to(acc), eps, rms)
+    g = dy.to(acc) * weight.to(acc)
+    dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
+    if not rms:
+        dx = dx - g.mean(-1, keepdim=True)
+    return dx * rstd, dy.to(acc) * x_hat
+
+
+def aten_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """ATen's fused norms. They take one dtype, so mixed arguments are computed in float32."""
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+        acc = accumulate_dtype(x, weight, bias)
+        x, weight, bias = x.to(acc), weight.to(acc), None if bias is None else bias.to(acc)
+    if not rms:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = F.rms_norm(x, weight.shape, weight, eps)
+    return y if bias is None else y + bias
 
 
 @jit

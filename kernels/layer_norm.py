@@ -20,7 +20,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -49,10 +48,7 @@ def reference(
 ) -> Tensor:
     """The definition, accumulated in float32 (float64 for float64 arguments)."""
     acc = accumulate_dtype(x, weight, bias)
-    centred = x.to(acc)
-    if not rms:
-        centred = centred - centred.mean(-1, keepdim=True)
-    y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(acc)
+    y = _norm.normalise(x.to(acc), eps, rms)[0] * weight.to(acc)
     if bias is not None:
         y = y + bias.to(acc)
     return y.to(out_dtype).contiguous()
@@ -66,16 +62,8 @@ def portable(
     rms: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """ATen's fused norms, which take one dtype only: mixed arguments are computed in float32."""
-    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
-        acc = accumulate_dtype(x, weight, bias)
-        x, weight, bias = x.to(acc), weight.to(acc), None if bias is None else bias.to(acc)
-    if rms:
-        y = F.rms_norm(x, weight.shape, weight, eps)
-        y = y if bias is None else y + bias
-    else:
-        y = F.layer_norm(x, weight.shape, weight, bias, eps)
-    return y.to(out_dtype).contiguous()
+    """ATen's fused norms."""
+    return _norm.aten_norm(x, weight, bias, eps, rms).to(out_dtype).contiguous()
 
 
 def launch(
@@ -153,21 +141,14 @@ def backward_reference(
     dy: Tensor, x: Tensor, weight: Tensor, eps: float, rms: bool, need_params: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, [dweight; dbias] as [2, D], or [0, D] where unwanted)."""
-    acc = accumulate_dtype(dy, x, weight)
-    centred = x.to(acc)
-    if not rms:
-        centred = centred - centred.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    x_hat, g = centred * rstd, dy.to(acc) * weight.to(acc)
-    dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
-    if not rms:
-        dx = dx - g.mean(-1, keepdim=True)
-    if not need_params:
-        params = weight.new_empty(0, x.shape[-1])
+    dx, scaled = _norm.reference_backward(dy, x, weight, eps, rms)
+    width = x.shape[-1]
+    if need_params:
+        rows = dy.to(scaled.dtype).reshape(-1, width)
+        params = torch.stack([scaled.reshape(rows.shape).sum(0), rows.sum(0)])
     else:
-        rows = dy.to(acc).reshape(-1, x.shape[-1])
-        params = torch.stack([(rows * x_hat.reshape(rows.shape)).sum(0), rows.sum(0)])
-    return (dx * rstd).to(x.dtype).contiguous(), params.to(weight.dtype)
+        params = scaled.new_empty(0, width)
+    return dx.to(x.dtype).contiguous(), params.to(weight.dtype)
 
 
 def backward_launch(

@@ -1,0 +1,33 @@
+"""What `add_layer_norm` and `residual_add` share: the addition of a branch to the stream."""
+
+from torch import Tensor
+
+from ._op import check_floating, check_shape
+
+
+def check_residual(
+    op: str,
+    residual: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+) -> None:
+    """The arguments of a residual addition fit each other."""
+    check_floating(
+        op, residual=residual, branch=branch, layer_scale=layer_scale, drop_scale=drop_scale
+    )
+    check_shape(op, "residual", residual, "B", "N", "D")
+    check_shape(op, "branch", branch, *residual.shape)
+    check_shape(op, "layer_scale", layer_scale, residual.shape[2])
+    check_shape(op, "drop_scale", drop_scale, residual.shape[0])
+
+
+def add_branch(
+    residual: Tensor, branch: Tensor, layer_scale: Tensor | None, drop_scale: Tensor | None
+) -> Tensor:
+    """residual + branch * layer_scale * drop_scale, in ATen calls and the residual's dtype."""
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    if drop_scale is not None:
+        branch = branch * drop_scale.to(branch.dtype)[:, None, None]
+    return (residual + branch).to(residual.dtype)
