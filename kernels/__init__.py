@@ -11,6 +11,7 @@ from .add_layer_norm import add_layer_norm
 from .attention import QKNorm, attention, attention_pool
 from .layer_norm import layer_norm
 from .linear_act import linear_act
+from .patch_embed import patch_embed
 from .residual_add import residual_add
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "attention_pool",
     "layer_norm",
     "linear_act",
+    "patch_embed",
     "residual_add",
 ]

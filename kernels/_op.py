@@ -29,13 +29,14 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Arg:
     """How a sample makes one tensor argument: normal values, or integers for uint8 and bool.
 
-    dtype None stands for the dtype under test.
+    dtype None stands for the dtype under test; channels_last lays an image out as [B, H, W, C].
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
     scale: float = 1.0
     offset: float = 0.0
+    channels_last: bool = False
 
     def make(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """A tensor of this kind on `device`; the values are drawn on the CPU, so all devices agree."""
@@ -46,6 +47,8 @@ class Arg:
             value = torch.randint(0, 2, self.shape, generator=generator).bool()
         else:
             value = torch.randn(self.shape, generator=generator) * self.scale + self.offset
+        if self.channels_last:
+            value = value.contiguous(memory_format=torch.channels_last)
         return value.to(device, dtype)
 
 
