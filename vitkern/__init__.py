@@ -1,0 +1,7 @@
+"""vitkern: Vision Transformers on custom kernels."""
+
+from vitkern._version import __version__
+from vitkern.config import PRESETS, ViTConfig
+from vitkern.model import ViT, create_model
+
+__all__ = ["PRESETS", "ViT", "ViTConfig", "__version__", "create_model"]

@@ -1,0 +1,763 @@
+"""The Vision Transformer, from PatchEmbed to ViT, in timm's layout: the state dicts are the same.
+
+    images [B, C, H, W] -> patch_embed: tokens [B, N, D] -> blocks -> norm -> pool -> head [B, classes]
+    block:  x = x + attn(norm1(x)),  x = x + mlp(norm2(x)),  each branch scaled and dropped by sample
+
+Every step is an op of ``vitkern.kernels``, and one op takes as many steps as it can: position and
+prefix tokens with the projection, LayerScale, DropPath and residual with the next norm, activation
+with the linear layer before it. A step is only fused where its modules are `plain`: a module that was
+replaced, wrapped (LoRA) or hooked is called, and the steps around it run one by one.
+
+The model does not ask what device it is on; an op does.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
+
+from vitkern import kernels as ops
+from vitkern.config import WEIGHT_INITS, ViTConfig, check_arguments
+from vitkern.kernels._op import autocast_dtype
+
+
+def plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling `module` does just what its class says, so that a fused op may stand in."""
+    return type(module) in classes and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
+    )
+
+
+class _Norm(nn.Module):
+    """What the two norms share: the op and the dtype of its result.
+
+    feeds_product: what follows is a linear layer, so under autocast the result may have its dtype
+        at once. recast: the residual stream has a dtype of its own (`residual_dtype`), which ends here.
+    """
+
+    rms = False
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    eps: float
+
+    feeds_product = False
+    recast = False
+    impl = "auto"
+
+    def out_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype to return for `x`."""
+        product = autocast_dtype(x.device) if self.feeds_product else None
+        return product or (self.weight.dtype if self.recast else x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., D] over its last dimension."""
+        dtype = self.out_dtype(x)
+        return ops.layer_norm(
+            x, self.weight, self.bias, self.eps, rms=self.rms, out_dtype=dtype, impl=self.impl
+        )
+
+
+class LayerNorm(_Norm, nn.LayerNorm):
+    """LayerNorm over the last dimension, by the op `layer_norm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, **dd: Any) -> None:
+        super().__init__(dim, eps, **dd)
+
+
+class RmsNorm(_Norm):
+    """RMSNorm over the last dimension, by the op `layer_norm`."""
+
+    rms = True
+
+    def __init__(self, dim: int, eps: float = 1e-6, **dd: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, **dd))
+        self.bias = None
+
+    def reset_parameters(self) -> None:
+        """Scale 1."""
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self) -> str:
+        """Width and eps."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+NORMS = (LayerNorm, RmsNorm)
+
+
+def make_norm(
+    config: ViTConfig, dim: int, dd: dict[str, Any], feeds_product: bool = False, recast: bool = True
+) -> LayerNorm | RmsNorm:
+    """The norm that the config names, `dim` wide."""
+    kind, eps = config.norm_layer
+    norm = (RmsNorm if kind == "rmsnorm" else LayerNorm)(dim, eps, **dd)
+    norm.feeds_product = feeds_product
+    norm.recast = recast and config.residual_dtype is not None
+    norm.impl = config.implementations["layer_norm"]
+    return norm
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The name by which `linear_act` knows this module; None where it has to be called."""
+    if plain(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    names = {QuickGELU: "quick_gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
+    return names[type(act)] if plain(act, *names) else None
+
+
+class LayerScale(nn.Module):
+    """A learned gain [D] on a residual branch."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5, **dd: Any) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.full((dim,), init_values, **dd))
+
+    def reset_parameters(self) -> None:
+        """All gains start at `init_values`."""
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] times the gain."""
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a sample's whole branch and scale up the rest."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def factor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Factor a sample [B], 0 or 1 / keep, in the dtype of `x` or `dtype`; None to drop nothing.
+
+        Drawn as timm draws it, so that one seed drops the same samples in both.
+        """
+        if not (self.training and self.drop_prob):
+            return None
+        keep = 1 - self.drop_prob
+        kept = x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep)
+        return kept / keep if keep > 0 else kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] with samples dropped."""
+        factor = self.factor(x)
+        return x if factor is None else x * factor.view(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+def branch_scales(
+    branch: Tensor, ls: nn.Module, drop_path: nn.Module
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(branch, layer_scale, drop_scale): what the fused op takes over, and the branch after the rest."""
+    gamma, dtype = None, branch.dtype
+    if plain(ls, LayerScale) and plain(drop_path, DropPath, nn.Identity):
+        gamma = ls.gamma
+        dtype = torch.promote_types(dtype, gamma.dtype)  # of their product, which DropPath would see
+    else:
+        branch = ls(branch)
+    if plain(drop_path, DropPath):
+        return branch, gamma, drop_path.factor(branch, dtype)
+    return drop_path(branch), gamma, None
+
+
+class PatchEmbed(nn.Module):
+    """Images to tokens: scale uint8 pixels, cut patches, project them, add positions and prefix."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ViTConfig, **dd: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.img_size, self.patch_size = config.img_size, config.patch_size
+        self.grid_size = config.grid_size
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.impl = config.implementations["patch_embed"]
+        self.proj = nn.Conv2d(
+            config.in_chans,
+            config.embed_dim,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=not config.pre_norm,
+            **dd,
+        )
+        self._normalisation(self.proj.weight.device)
+
+    def _normalisation(self, device: torch.device) -> None:
+        for name in ("mean", "std"):
+            value = torch.tensor(getattr(self.config, name), dtype=torch.float32, device=device)
+            channels = value.expand(self.config.in_chans).contiguous()
+            self.register_buffer(name, channels, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PatchEmbed":
+        # half(), to(dtype) and to_empty() would round or lose the two buffers: make them anew.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._normalisation(self.mean.device)
+        return self
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patches in a column and a row of an image of this height and width."""
+        height, width = img_size
+        rows, columns = self.patch_size
+        if self.config.dynamic_img_pad:
+            return -(-height // rows), -(-width // columns)
+        return height // rows, width // columns
+
+    def forward(
+        self, images: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, T + N, D] of images [B, C, H, W], floating point or uint8.
+
+        pos_embed: [N, D] or [T + N, D]. prefix: [T, D], before the patches.
+        """
+        pixels = images.dtype == torch.uint8
+        pad, stream = self.config.dynamic_img_pad, self.config.residual_dtype
+        if plain(self.proj, nn.Conv2d):
+            return ops.patch_embed(
+                images,
+                self.proj.weight,
+                self.proj.bias,
+                pos_embed,
+                prefix,
+                mean=self.mean if pixels else None,
+                std=self.std if pixels else None,
+                pad=pad,
+                out_dtype=stream,
+                impl=self.impl,
+            )
+        if pixels:
+            scale = (-1, 1, 1)
+            images = (images / 255 - self.mean.view(scale)) / self.std.view(scale)
+            images = images.to(next(self.proj.parameters()).dtype)
+        if pad:
+            (height, width), (rows, columns) = images.shape[2:], self.patch_size
+            images = F.pad(images, (0, -width % columns, 0, -height % rows))
+        tokens = self.proj(images).flatten(2).transpose(1, 2)
+        return assemble(tokens, pos_embed, prefix).to(stream or tokens.dtype)
+
+
+def check_images(images: Tensor, config: ViTConfig) -> Tensor:
+    """Images as [B, C, H, W] (uint8 [B, H, W, C] as a view), or a ValueError with the shape expected."""
+    if images.dtype == torch.uint8 and images.dim() == 4:
+        if images.shape[1] != config.in_chans == images.shape[3]:
+            images = images.permute(0, 3, 1, 2)
+    (height, width), (rows, columns) = config.img_size, config.patch_size
+    fits = images.dim() == 4 and images.shape[1] == config.in_chans
+    if not config.dynamic_img_size:
+        expected = f"[B, {config.in_chans}, {height}, {width}]"
+        fits = fits and images.shape[2] == height and images.shape[3] == width
+    elif config.dynamic_img_pad:
+        expected = f"[B, {config.in_chans}, H, W]"
+    else:
+        expected = f"[B, {config.in_chans}, H, W] with multiples of {rows} and {columns} for H and W"
+        fits = fits and images.shape[2] % rows == 0 and images.shape[3] % columns == 0
+    if not fits:
+        raise ValueError(f"images must be {expected}, got {list(images.shape)}")
+    return images
+
+
+def assemble(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
+    """Patch tokens [B, N, D] with prefix [T, D] in front and positions [N, D] or [T + N, D] added."""
+    if pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]:
+        tokens, pos_embed = tokens + pos_embed, None
+    if prefix is not None:
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], 1)
+    return tokens if pos_embed is None else tokens + pos_embed
+
+
+def resample_pos_embed(
+    pos_embed: Tensor, new_grid: tuple[int, int], old_grid: tuple[int, int], prefix_tokens: int
+) -> Tensor:
+    """Position embeddings [1, T + N, D] for another grid: bicubic with antialias, the T kept.
+
+    As timm does it (`resample_abs_pos_embed`); computed in float32.
+    """
+    if tuple(new_grid) == tuple(old_grid):
+        return pos_embed
+    kept, grid = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
+    grid = grid.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
+    return torch.cat([kept, grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: ViTConfig, **dd: Any) -> None:
+        super().__init__()
+        dim, self.num_heads, self.head_dim = config.embed_dim, config.num_heads, config.head_dim
+        self.impl = config.implementations["attention"]
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias, **dd)
+        make = (lambda: make_norm(config, self.head_dim, dd)) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = make(), make()
+        self.attn_drop = nn.Dropout(config.attn_drop_rate)
+        self.proj = nn.Linear(dim, dim, bias=config.proj_bias, **dd)
+        self.proj_drop = nn.Dropout(config.proj_drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q_norm, k_norm, norm = self.q_norm, self.k_norm, None
+        if plain(q_norm, *NORMS) and plain(k_norm, type(q_norm)) and q_norm.eps == k_norm.eps:
+            norm = ops.QKNorm(
+                q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps, q_norm.rms
+            )
+        elif not (plain(q_norm, nn.Identity) and plain(k_norm, nn.Identity)):
+            q, k, v = qkv.unbind(2)
+            qkv = torch.stack([q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v], 2)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        x = ops.attention(qkv, qk_norm=norm, dropout_p=dropout_p, impl=self.impl)
+        return self.proj_drop(self.proj(x))
+
+
+class Mlp(nn.Module):
+    """Two layers and an activation; or a gated pair of first layers, packed in one matrix or split.
+
+    layout: "mlp", "swiglu_packed" (fc1 = [gate; value]) or "swiglu" (fc1_g, fc1_x).
+    """
+
+    def __init__(self, config: ViTConfig, layout: str, bias: bool, drop: float, **dd: Any) -> None:
+        super().__init__()
+        dim, hidden, self.layout = config.embed_dim, config.hidden_dim, layout
+        self.impl = config.implementations["linear_act"]
+        for name in ("fc1_g", "fc1_x") if layout == "swiglu" else ("fc1",):
+            self.add_module(name, nn.Linear(dim, hidden, bias=bias, **dd))
+        self.act = ACTIVATIONS[config.act_layer]()
+        self.drop1 = nn.Dropout(drop)
+        width = hidden // 2 if layout == "swiglu_packed" else hidden
+        self.fc2 = nn.Linear(width, dim, bias=bias, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def init_weights(self) -> None:
+        """A SwiGLU starts as timm's does, one half of its first layer near 0 with bias 1."""
+        if self.layout == "mlp":
+            return
+        split = self.layout == "swiglu"
+        layer = self.fc1_g if split else self.fc1
+        start = 0 if split else layer.weight.shape[0] // 2
+        nn.init.normal_(layer.weight[start:], std=1e-6)
+        if layer.bias is not None:
+            nn.init.ones_(layer.bias[start:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.drop2(self.fc2(self.drop1(self.hidden(x))))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The activated hidden layer [..., F]."""
+        split = self.layout == "swiglu"
+        layers = (self.fc1_g, self.fc1_x) if split else (self.fc1,)
+        activation = activation_name(self.act)
+        if activation and all(plain(layer, nn.Linear) for layer in layers):
+            weight, bias = layers[0].weight, layers[0].bias
+            if split:  # one product of both: packing the weights costs less than a second pass over x
+                weight = torch.cat([layer.weight for layer in layers])
+                bias = None if bias is None else torch.cat([layer.bias for layer in layers])
+            gated = self.layout != "mlp"
+            return ops.linear_act(
+                x, weight, bias, activation=activation, gated=gated, impl=self.impl
+            )
+        if split:
+            return self.act(self.fc1_g(x)) * self.fc1_x(x)
+        if self.layout == "mlp":
+            return self.act(self.fc1(x))
+        gate, value = self.fc1(x).chunk(2, -1)
+        return self.act(gate) * value
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ViTConfig, drop_path: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        dim, scale = config.embed_dim, config.init_values
+        self.impl = config.implementations
+        self.norm1 = make_norm(config, dim, dd, feeds_product=True)
+        self.attn = Attention(config, **dd)
+        self.ls1 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = make_norm(config, dim, dd, feeds_product=True)
+        self.mlp = Mlp(config, config.mlp_layer, config.proj_bias, config.proj_drop_rate, **dd)
+        self.ls2 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        branch = self.attn(self.norm1(x))
+        if plain(self.norm2, *NORMS):
+            branch, gamma, factor = branch_scales(branch, self.ls1, self.drop_path1)
+            x, normed = ops.add_layer_norm(
+                x,
+                branch,
+                self.norm2.weight,
+                self.norm2.bias,
+                self.norm2.eps,
+                layer_scale=gamma,
+                drop_scale=factor,
+                rms=self.norm2.rms,
+                out_dtype=self.norm2.out_dtype(x),
+                impl=self.impl["add_layer_norm"],
+            )
+        else:
+            x = self.add(x, branch, self.ls1, self.drop_path1)
+            normed = self.norm2(x)
+        return self.add(x, self.mlp(normed), self.ls2, self.drop_path2)
+
+    def add(self, x: Tensor, branch: Tensor, ls: nn.Module, drop_path: nn.Module) -> Tensor:
+        """x + drop_path(ls(branch))."""
+        branch, gamma, factor = branch_scales(branch, ls, drop_path)
+        impl = self.impl["residual_add"]
+        return ops.residual_add(x, branch, layer_scale=gamma, drop_scale=factor, impl=impl)
+
+
+class AttentionPool(nn.Module):
+    """Pooling by attention from one learned query, followed by an MLP (timm's AttentionPoolLatent)."""
+
+    def __init__(self, config: ViTConfig, **dd: Any) -> None:
+        super().__init__()
+        dim, self.num_heads, self.head_dim = config.embed_dim, config.num_heads, config.head_dim
+        self.impl = config.implementations["attention_pool"]
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim, **dd))
+        self.q = nn.Linear(dim, dim, **dd)
+        self.kv = nn.Linear(dim, 2 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.norm = make_norm(config, dim, dd, feeds_product=True)
+        self.mlp = Mlp(config, "mlp", True, 0.0, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The query starts with unit length."""
+        with torch.no_grad():
+            nn.init.trunc_normal_(self.latent).mul_(self.latent.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, D]."""
+        q = self.q(self.latent).unflatten(-1, (self.num_heads, self.head_dim))
+        kv = self.kv(x).unflatten(-1, (2, self.num_heads, self.head_dim))
+        x = self.proj(ops.attention_pool(q.expand(x.shape[0], -1, -1, -1), kv, impl=self.impl))
+        return (x + self.mlp(self.norm(x)))[:, 0]
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al., 2020), with timm's arguments and state dict.
+
+    Args: those of `ViTConfig`, then `device` and `dtype` of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument that is unknown, unsupported or makes no sense.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_arguments(kwargs)
+        config = ViTConfig(*args, **kwargs)
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        dim, grid = config.embed_dim, config.grid_size
+        self.config = config
+        self.num_classes, self.in_chans = config.num_classes, config.in_chans
+        self.global_pool = config.global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = dim
+        self.num_prefix_tokens, self.num_reg_tokens = config.num_prefix_tokens, config.reg_tokens
+        self.has_class_token, self.no_embed_class = config.class_token, config.no_embed_class
+        self.pool_include_prefix = config.pool_include_prefix
+        self.dynamic_img_size = config.dynamic_img_size
+        self.grad_checkpointing = False
+        reduction = max(config.patch_size)
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": dim, "reduction": reduction}
+            for i in range(config.depth)
+        ]
+
+        def token(count: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(1, count, dim, **dd)) if count else None
+
+        # Tokens that have a position though they are no patch.
+        self.num_pos_prefix = 0 if config.no_embed_class else config.num_prefix_tokens
+        positions = grid[0] * grid[1] + self.num_pos_prefix
+        self.patch_embed = PatchEmbed(config, **dd)
+        self.cls_token = token(int(config.class_token))
+        self.reg_token = token(config.reg_tokens)
+        self.pos_embed = token(positions if config.pos_embed == "learn" else 0)
+        self.pos_drop = nn.Dropout(config.pos_drop_rate)
+        norm_pre = make_norm(config, dim, dd, recast=False) if config.pre_norm else None
+        self.norm_pre = norm_pre or nn.Identity()
+        rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
+        self.blocks = nn.Sequential(*(Block(config, rate, **dd) for rate in rates))
+        after = config.norm_after_pool
+        final = make_norm(config, dim, dd) if config.final_norm else nn.Identity()
+        self.norm = nn.Identity() if after else final
+        self.attn_pool = AttentionPool(config, **dd) if config.global_pool == "map" else None
+        self.fc_norm = final if after else nn.Identity()
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.head = self._head(config.num_classes, dd)
+        if config.weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    @classmethod
+    def from_config(cls, config: ViTConfig, **dd: Any) -> "ViT":
+        """The model of `config`; `device` and `dtype` as for the class itself."""
+        return cls(**vars(config), **dd)
+
+    def _head(self, num_classes: int, dd: dict[str, Any]) -> nn.Module:
+        return nn.Linear(self.embed_dim, num_classes, **dd) if num_classes else nn.Identity()
+
+    # The forward pass
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens [B, T + N, D] with positions and prefix, before the blocks."""
+        tokens = [t[0] for t in (self.cls_token, self.reg_token) if t is not None]
+        prefix = torch.cat(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
+        images = check_images(images, self.config)
+        positions = self._positions(images.shape[2:])
+        if plain(self.patch_embed, PatchEmbed):
+            x = self.patch_embed(images, positions, prefix)
+        else:
+            x = assemble(self.patch_embed(images), positions, prefix)
+        if self.pos_embed is not None:  # as in timm: no dropout where there are no positions
+            x = self.pos_drop(x)
+        return self.norm_pre(x)
+
+    def _positions(self, size: tuple[int, int]) -> Tensor | None:
+        """Positions [N, D] or [T + N, D] for an image of this height and width."""
+        if self.pos_embed is None:
+            return None
+        pos_embed: Tensor = self.pos_embed
+        if self.dynamic_img_size:
+            grid = self.patch_embed.dynamic_feat_size(size)
+            old_grid = self.config.grid_size
+            pos_embed = resample_pos_embed(pos_embed, grid, old_grid, self.num_pos_prefix)
+        return pos_embed[0]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens [B, T + N, D] after the blocks and, unless it follows the pool, the final norm."""
+        x = self.embed(images)
+        if self.grad_checkpointing and self.training:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens [B, T + N, D] to features [B, D]; all tokens as they are with pool ""."""
+        patches = x if self.pool_include_prefix else x[:, self.num_prefix_tokens :]
+        if self.attn_pool is not None:
+            return self.attn_pool(patches)
+        kind = self.global_pool if pool_type is None else pool_type
+        if kind == "token":
+            return x[:, 0]
+        if kind == "avg":
+            return patches.mean(1)
+        if kind == "max":
+            return patches.amax(1)
+        if kind == "avgmax":
+            return 0.5 * (patches.amax(1) + patches.mean(1))
+        if kind:
+            raise ValueError(f"pool_type must be 'token', 'avg', 'avgmax', 'max' or '', got {kind!r}")
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits [B, num_classes] from the tokens of `forward_features`; features if `pre_logits`."""
+        x = self.head_drop(self.fc_norm(self.pool(x)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: [B, C, H, W], floating point and normalised; or uint8 as [B, C, H, W] or
+                [B, H, W, C] (known by its last dimension), normalised here with `mean` and `std`.
+
+        Returns:
+            Logits [B, num_classes]; features [B, D] where num_classes is 0; all tokens with pool "".
+
+        Raises:
+            ValueError: images of another shape; the text says which is expected.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    # Weights
+
+    @torch.no_grad()
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Draw all weights anew, by one of timm's schemes (`weight_init`).
+
+        needs_reset: also reset modules whose constructor already did; False in the constructor.
+        """
+        mode = mode or self.config.weight_init
+        if mode not in WEIGHT_INITS:
+            raise ValueError(f"mode must be one of {WEIGHT_INITS}, got {mode!r}")
+        reset_only = mode in ("reset", "skip")
+        head_bias = -math.log(self.num_classes) if mode == "jax_nlhb" and self.num_classes else 0.0
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        # Children before parents: an MLP's or a pool's own start overrides that of its layers.
+        for name, module in reversed(list(self.named_modules())[1:]):
+            if not reset_only and isinstance(module, nn.Linear):
+                _init_linear(module, name, mode, head_bias)
+            elif mode.startswith("jax") and isinstance(module, nn.Conv2d):
+                std = module.weight[0].numel() ** -0.5 / 0.87962566103423978  # of the cut normal
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif not reset_only and hasattr(module, "init_weights"):
+                module.init_weights()
+            elif needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.config.fix_init:
+            for i, block in enumerate(self.blocks):
+                for layer in (block.attn.proj, block.mlp.fc2):
+                    layer.weight.div_(math.sqrt(2 * (i + 1)))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # The grid, so that positions of a rectangular image can be resampled by whoever loads them.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["grid_size"] = self.config.grid_size
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        key, grid = prefix + "pos_embed", self.config.grid_size
+        given = state_dict.get(key)
+        if self.pos_embed is not None and given is not None and given.dim() == 3:
+            patches = given.shape[1] - self.num_pos_prefix
+            old_grid = local_metadata.get("grid_size")
+            if old_grid is None or math.prod(old_grid) != patches:
+                side = math.isqrt(max(patches, 0))
+                same_length = given.shape[1] == self.pos_embed.shape[1]
+                old_grid = grid if same_length else (side, side)
+            if math.prod(old_grid) != patches or patches < 1:
+                raise ValueError(
+                    f"{key} holds {given.shape[1]} positions, {self.num_pos_prefix} of them expected "
+                    f"to be prefix tokens: the other {patches} are no square grid to resample from; "
+                    f"expected {list(self.pos_embed.shape)}"
+                )
+            state_dict[key] = resample_pos_embed(given, grid, old_grid, self.num_pos_prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc]
+
+    # timm's interface for training scripts
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new one, and the pool if one is given; norms stay where they are.
+
+        Raises:
+            ValueError: an unknown pool, or attention pooling in a model built without it.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        after = not isinstance(self.fc_norm, nn.Identity)
+        config = replace(self.config, num_classes=num_classes, global_pool=pool, fc_norm=after)
+        if pool == "map" and self.attn_pool is None:
+            raise ValueError("global_pool='map' can't be added later: build the model with it")
+        weight = self.patch_embed.proj.weight
+        head = self._head(config.num_classes, {"device": weight.device, "dtype": weight.dtype})
+        if pool != "map":
+            self.attn_pool = None
+        self.config, self.head = config, head.train(self.training)
+        self.num_classes, self.global_pool = config.num_classes, config.global_pool
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only the blocks' inputs and run each block again in backward."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that an optimizer should not decay."""
+        return {"pos_embed", "cls_token", "reg_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+
+def _init_linear(layer: nn.Linear, name: str, mode: str, head_bias: float) -> None:
+    """Start of a linear layer under timm's schemes; `name` is its place in the model."""
+    weight, bias = layer.weight, layer.bias
+    if bias is not None:
+        nn.init.zeros_(bias)
+    if not mode:
+        nn.init.trunc_normal_(weight, std=0.02)
+    elif mode == "moco" and "qkv" in name:  # three matrices in one
+        bound = math.sqrt(6 / (weight.shape[0] // 3 + weight.shape[1]))
+        nn.init.uniform_(weight, -bound, bound)
+    elif mode.startswith("jax") and name.startswith("head"):
+        nn.init.zeros_(weight)
+        nn.init.constant_(bias, head_bias)
+    else:
+        nn.init.xavier_uniform_(weight)
+        if mode.startswith("jax") and "mlp" in name and bias is not None:
+            nn.init.normal_(bias, std=1e-6)
+
+
+def _signature() -> inspect.Signature:
+    """ViT's own, for help() and editors: the config's fields, then device and dtype."""
+    own = inspect.signature(ViT.__init__).parameters
+    parameters = [own["self"], *inspect.signature(ViTConfig).parameters.values()]
+    return inspect.Signature([*parameters, own["device"], own["dtype"]])
+
+
+ViT.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
+
+
+def create_model(name: str, pretrained: bool = False, **overrides: Any) -> ViT:
+    """The model that timm calls `name`, with any argument of `ViT` replaced.
+
+    Raises:
+        ValueError: unknown name; weights asked for (they come by ``load_state_dict``).
+        TypeError: unknown argument.
+    """
+    dd = {key: overrides.pop(key) for key in ("device", "dtype") if key in overrides}
+    config = ViTConfig.from_name(name, pretrained=pretrained, **overrides)
+    return ViT.from_config(config, **dd)
