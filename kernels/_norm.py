@@ -218,13 +218,17 @@ class RowConfig:
 def forward_config(width: int) -> RowConfig:
     """4096 elements a program: 32 a thread, enough 16-byte loads in flight to cover latency."""
     block_d = next_power_of_2(width)
-    return RowConfig(rows=max(1, 4096 // block_d), block_d=block_d, num_warps=max(4, block_d // 1024))
+    return RowConfig(
+        rows=max(1, 4096 // block_d), block_d=block_d, num_warps=max(4, block_d // 1024)
+    )
 
 
 def backward_config(width: int) -> RowConfig:
     """2048 elements a program: three float32 accumulators a loaded value, and no spill."""
     block_d = next_power_of_2(width)
-    return RowConfig(rows=max(1, 2048 // block_d), block_d=block_d, num_warps=max(4, block_d // 512))
+    return RowConfig(
+        rows=max(1, 2048 // block_d), block_d=block_d, num_warps=max(4, block_d // 512)
+    )
 
 
 def forward(

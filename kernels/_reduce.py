@@ -41,7 +41,5 @@ def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
     block_r = min(32, next_power_of_2(rows))
     block_c = 1024 // block_r
     grid = (cdiv(columns, block_c),)
-    launch(
-        _column_sum_kernel, grid, partial, out, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c
-    )
+    launch(_column_sum_kernel, grid, partial, out, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c)
     return out

@@ -260,7 +260,9 @@ def backward_fake(
     shape = stream.shape
     return (
         stream.new_empty(shape),
-        stream.new_empty(0) if branch_dtype is None else stream.new_empty(shape, dtype=branch_dtype),
+        stream.new_empty(0)
+        if branch_dtype is None
+        else stream.new_empty(shape, dtype=branch_dtype),
         weight.new_empty(3 if need_params else 0, shape[-1]),
     )
 

@@ -214,9 +214,7 @@ def pool_fake(q: Tensor, kv: Tensor, scale: float) -> Tensor:
 
 def pool_samples(size: str) -> Iterable[Sample]:
     """Odd shapes; or the pooling head of a SigLIP-B/16, batch 64."""
-    shapes = (
-        ((2, 1, 5, 2, 8), (1, 3, 17, 1, 24)) if size == "tiny" else ((64, 1, 196, 12, 64),)
-    )
+    shapes = ((2, 1, 5, 2, 8), (1, 3, 17, 1, 24)) if size == "tiny" else ((64, 1, 196, 12, 64),)
     for batch, queries, tokens, heads, head_dim in shapes:
         yield Sample(
             f"B={batch} Q={queries} N={tokens} H={heads} d={head_dim}",

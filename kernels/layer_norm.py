@@ -93,7 +93,13 @@ def fake(
 def samples(size: str) -> Iterable[Sample]:
     """Odd widths and ranks; or the norms of ViT-Ti/S/B/L/H at 224 px, batch 128."""
     if size == "tiny":
-        shapes: tuple[tuple[int, ...], ...] = ((2, 5, 96), (1, 1, 8), (3, 17, 33), (7, 72), (0, 5, 16))
+        shapes: tuple[tuple[int, ...], ...] = (
+            (2, 5, 96),
+            (1, 1, 8),
+            (3, 17, 33),
+            (7, 72),
+            (0, 5, 16),
+        )
     else:
         shapes = tuple(
             (128, n, d) for n, d in ((197, 192), (197, 384), (197, 768), (197, 1024), (257, 1280))
@@ -156,9 +162,7 @@ def backward_launch(
 ) -> tuple[Tensor, Tensor]:
     """The backward kernel, then the sum of its partial parameter gradients."""
     sums = 2 if need_params else 0
-    dx, _, params = _norm.backward(
-        dy, None, x, None, None, None, None, weight, eps, rms, sums
-    )
+    dx, _, params = _norm.backward(dy, None, x, None, None, None, None, weight, eps, rms, sums)
     return dx, params
 
 
