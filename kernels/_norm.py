@@ -1,9 +1,9 @@
 """What `layer_norm` and `add_layer_norm` share: the norm itself in PyTorch, and the row kernels.
 
 A row is one token. Its D values stay in registers from the first load to the last store, so each
-tensor is read or written once. Statistics are two-pass in float32 with a correction for the rounding
-of the mean itself, which keeps rows with |mean| >> spread accurate. Backward recomputes them from the
-row, which it must load anyway: nothing is saved but the input.
+tensor is read or written once. Statistics are two-pass in float32 with a correction for the
+rounding of the mean itself, which keeps rows with |mean| >> spread accurate. Backward recomputes
+them from the row, which it must load anyway: nothing is saved but the input.
 """
 
 from dataclasses import dataclass

@@ -46,7 +46,7 @@ class Arg:
         )
 
     def make(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """A tensor of this kind on `device`; the values are drawn on the CPU, so all devices agree."""
+        """A tensor of this kind; the values are drawn on the CPU, so that all devices agree."""
         dtype = self.dtype or dtype
         if dtype == torch.uint8:
             value = torch.randint(0, 256, self.shape, generator=generator, dtype=dtype)
@@ -92,7 +92,7 @@ def same(dtype: torch.dtype) -> torch.dtype:
 class Op:
     """One operator and all that is known about it.
 
-    reference: the definition, in plain differentiable PyTorch that accumulates in float32 or better.
+    reference: the definition, in plain differentiable PyTorch, accumulated in float32 or better.
     portable: the same by the fastest ATen calls; differentiable too.
     launcher: the same by Triton kernels, without autograd; None where there is no kernel yet.
     samples: "tiny" for correctness (odd shapes), "vit" for benchmarks (shapes of real models).

@@ -191,8 +191,8 @@ def backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_residual, d_branch, [dweight; dbias; d_layer_scale] as [3, D]).
 
-    `branch_dtype` None says that d_branch would equal d_residual: it is then empty. `branch` is given
-    where the LayerScale gradient is wanted; without `need_params` the last result is [0, D].
+    `branch_dtype` None says that d_branch would equal d_residual: it is then empty. `branch` is
+    given where the LayerScale gradient is wanted; without `need_params` the last result is [0, D].
     """
     dx, scaled = _norm.reference_backward(d_normed, stream, weight, eps, rms)
     acc, width = dx.dtype, stream.shape[-1]

@@ -16,7 +16,6 @@ Source: Vaswani et al., "Attention Is All You Need", 2017; QK-norm: Henry et al.
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -165,7 +164,7 @@ def attention(
         qkv: [B, N, 3, H, d], any strides.
         scale: factor on the logits; d ** -0.5 if None.
         qk_norm: norm of queries and keys, or None.
-        dropout_p: probability of dropping an attention weight (the caller passes 0 outside training).
+        dropout_p: probability of dropping an attention weight; pass 0 outside training.
         impl: "auto", "sdpa" (PyTorch's own) or "reference" (no dropout).
 
     Returns:

@@ -169,7 +169,8 @@ def linear_act(
     check_shape("linear_act", "bias", bias, weight.shape[0])
     if activation not in ACTIVATIONS:
         raise ValueError(
-            f"linear_act: unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+            f"linear_act: unknown activation {activation!r}; "
+            f"expected one of {', '.join(ACTIVATIONS)}"
         )
     if gated and weight.shape[0] % 2:
         raise ValueError(f"linear_act: weight must be [2F, D] if gated, got {list(weight.shape)}")

@@ -12,17 +12,17 @@ Forward:  images [B, C, H, W] by strides (NCHW, NHWC or any view), uint8 or floa
           -> out [B, T + N, D]. One launch: an implicit product whose left side is gathered from the
     image and normalised in registers, never written unfolded. uint8 costs 1 byte a value.
     A horizontal flip of chosen samples is a sign in the address arithmetic.
-Backward: dW = sum over tokens of dout^T x, split over tokens; sums of dout over the batch give dpos,
-    dprefix and, added up over patches, dbias; all in two stages, no atomics. dimages, where asked
-    for, is dout W scattered back: each pixel belongs to one patch, so nothing overlaps.
+Backward: dW = sum over tokens of dout^T x, split over tokens; sums of dout over the batch give
+    dpos, dprefix and, added up over patches, dbias; all in two stages, no atomics. dimages, where
+    asked for, is dout W scattered back: each pixel belongs to one patch, so nothing overlaps.
 Saved for backward: the images and the weight.
 Bytes: images + W + pos + out forward; images + dout + dW backward. FLOPs: 2 B N K D forward.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; the implicit product is that of
 Chetlur et al., "cuDNN", 2014, whose receptive fields here do not overlap.
 
-This folder in the order of an op file: reference.py, kernels.py, launch.py, and here samples, costs,
-define(), autograd and the public function.
+This folder in the order of an op file: reference.py, kernels.py, launch.py, and here samples,
+costs, define(), autograd and the public function.
 """
 
 from collections.abc import Iterable
@@ -195,7 +195,9 @@ def backward_samples(size: str) -> Iterable[Sample]:
         images, weight, pos, prefix = (
             args[name] for name in ("images", "weight", "pos_embed", "prefix")
         )
-        assert images is not None and weight is not None and pos is not None
+        assert images is not None
+        assert weight is not None
+        assert pos is not None
         tokens = 0 if prefix is None else prefix.shape[0]
         rows = pos.shape[0] + (tokens if "no_embed_class" in sample.label else 0)
         grad = Arg((images.shape[0], rows, weight.shape[0]))

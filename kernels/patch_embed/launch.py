@@ -31,7 +31,7 @@ class TileConfig:
 
 
 def fit(block: int, size: int) -> int:
-    """`block`, or the power of two from 16 (the least `tl.dot` takes) that already covers `size`."""
+    """`block`, or a smaller power of two that covers `size` too; 16 is the least `tl.dot` takes."""
     while block > 16 and block >= 2 * size:
         block //= 2
     return block

@@ -139,8 +139,8 @@ def backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d_images, d_weight, d_bias [D], d_tokens [T + N, D]); empty where not needed.
 
-    d_tokens is the gradient summed over the batch: its rows are those of dprefix and dpos. d_bias and
-    d_tokens are float32, d_weight has the dtype of the weight.
+    d_tokens is the gradient summed over the batch: its rows are those of dprefix and dpos. d_bias
+    and d_tokens are float32, d_weight has the dtype of the weight.
     """
     acc = accumulate_dtype(grad, weight)
     tokens = grad.to(acc).sum(0)
