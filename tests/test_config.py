@@ -1,0 +1,217 @@
+"""ViTConfig: what it accepts, how it normalises, and the errors of everything else."""
+
+import dataclasses
+import functools
+import inspect
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vitkern
+from vitkern.config import PRESETS, ViTConfig
+
+
+def test_defaults_and_order_are_timms() -> None:
+    transformer = pytest.importorskip("timm.models.vision_transformer").VisionTransformer
+    theirs = inspect.signature(transformer).parameters
+    names = [f.name for f in dataclasses.fields(ViTConfig)]
+    ours = inspect.signature(ViTConfig).parameters
+    expected = [name for name in theirs if name not in ("device", "dtype")]
+    assert names[: len(expected)] == expected
+    assert names[len(expected) :] == ["mean", "std", "residual_dtype", "impl"]
+    for name in expected:
+        if not name.endswith(("_layer", "_fn")):  # classes of timm's own; None here
+            assert ours[name].default == theirs[name].default, name
+
+
+def test_signature_of_the_model_shows_every_argument() -> None:
+    parameters = inspect.signature(vitkern.ViT).parameters
+    fields = [f.name for f in dataclasses.fields(ViTConfig)]
+    assert list(parameters) == [*fields, "device", "dtype"]
+    assert parameters["embed_dim"].default == 768
+
+
+def test_a_config_is_plain_and_its_own_normal_form() -> None:
+    config = ViTConfig(
+        img_size=[32, 48],
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-3),
+        act_layer=nn.SiLU,
+        mlp_layer="swiglu",
+        mean=[0.1, 0.2, 0.3],
+        impl={"attention": "reference"},
+    )
+    assert config.img_size == (32, 48)
+    assert config.patch_size == (16, 16)
+    assert config.norm_layer == ("layernorm", 1e-3)
+    assert config.act_layer == "silu"
+    assert config.mean == (0.1, 0.2, 0.3)
+    assert config.implementations["attention"] == "reference"
+    assert config.implementations["layer_norm"] == "auto"
+    assert ViTConfig(**vars(config)) == config == dataclasses.replace(config)
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert len({config, ViTConfig(**vars(config))}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.depth = 3  # type: ignore[misc]
+
+
+class _Unknown(nn.Module):
+    pass
+
+
+NORMS: list[tuple[Any, tuple[str, float]]] = [
+    (None, ("layernorm", 1e-6)),
+    ("", ("layernorm", 1e-6)),
+    ("layernorm", ("layernorm", 1e-6)),
+    ("rms_norm", ("rmsnorm", 1e-6)),
+    (nn.LayerNorm, ("layernorm", 1e-5)),
+    (functools.partial(nn.LayerNorm, eps=1e-6), ("layernorm", 1e-6)),
+    (functools.partial(nn.RMSNorm, eps=1e-6), ("rmsnorm", 1e-6)),
+    (functools.partial(nn.LayerNorm, elementwise_affine=True), ("layernorm", 1e-5)),
+    (("rmsnorm", 1e-5), ("rmsnorm", 1e-5)),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), NORMS)
+def test_norms(given: Any, expected: tuple[str, float]) -> None:
+    assert ViTConfig(norm_layer=given).norm_layer == expected
+
+
+def test_timms_classes_are_understood() -> None:
+    layers = pytest.importorskip("timm.layers")
+    transformer = pytest.importorskip("timm.models.vision_transformer")
+    partial = functools.partial
+    for given, expected in (
+        ({"norm_layer": layers.LayerNorm}, ("layernorm", 1e-6)),
+        ({"norm_layer": partial(layers.RmsNorm, eps=1e-5)}, ("rmsnorm", 1e-5)),
+        ({"act_layer": layers.QuickGELU}, "quick_gelu"),
+        ({"act_layer": layers.GELUTanh}, "gelu_tanh"),
+        ({"act_layer": layers.GELU}, "gelu"),
+        ({"mlp_layer": layers.Mlp}, "mlp"),
+        ({"mlp_layer": layers.SwiGLU}, "swiglu"),
+        ({"mlp_layer": layers.SwiGLUPacked}, "swiglu_packed"),
+        ({"embed_layer": layers.PatchEmbed}, None),
+        ({"block_fn": transformer.Block}, None),
+        ({"attn_layer": layers.Attention}, None),
+    ):
+        (name,) = given
+        assert getattr(ViTConfig(**given), name) == expected  # type: ignore[arg-type]
+    for wrong in (
+        {"mlp_layer": layers.GluMlp},  # gates with its last half
+        {"mlp_layer": partial(layers.SwiGLU, align_to=8)},
+        {"norm_layer": partial(layers.LayerNorm, affine=False)},
+        {"norm_layer": layers.LayerNorm2d},
+        {"block_fn": transformer.ResPostBlock},
+        {"attn_layer": layers.AttentionRope},
+        {"embed_layer": layers.PatchEmbedWithSize},
+    ):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name}=.*expected"):
+            ViTConfig(**wrong)  # type: ignore[arg-type]
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"embed_dim": 100, "num_heads": 12}, ValueError, "embed_dim=100 and num_heads=12"),
+    ({"embed_dim": 768.0}, TypeError, "embed_dim must be an integer, got 768.0"),
+    ({"depth": True}, TypeError, "depth must be an integer, got True"),
+    ({"depth": 0}, ValueError, "depth must be at least 1, got 0"),
+    ({"num_classes": -1}, ValueError, "num_classes must be at least 0"),
+    ({"img_size": None}, TypeError, "img_size must be an integer, got None"),
+    ({"img_size": (224, 224, 3)}, ValueError, r"img_size must be one integer or \(height, width\)"),
+    ({"img_size": 8}, ValueError, r"img_size \(8, 8\) is smaller than patch_size \(16, 16\)"),
+    ({"img_size": 30, "dynamic_img_pad": True}, ValueError, "img_size must be a multiple"),
+    ({"class_token": "no"}, TypeError, "class_token must be True or False, got 'no'"),
+    ({"fc_norm": 2}, TypeError, "fc_norm must be True or False, got 2"),
+    ({"class_token": False}, ValueError, "global_pool='token' needs class_token"),
+    ({"global_pool": "prr"}, ValueError, "global_pool must be one of 'token'.*got 'prr'"),
+    ({"global_pool": None}, ValueError, "global_pool must be one of"),
+    ({"pos_embed": "rope"}, ValueError, "pos_embed must be one of 'learn', 'none', got 'rope'"),
+    ({"weight_init": "xavier"}, ValueError, "weight_init must be one of"),
+    ({"drop_rate": 1.0}, ValueError, r"drop_rate must be in \[0, 1\), got 1.0"),
+    ({"drop_path_rate": -0.1}, ValueError, "drop_path_rate must be in"),
+    ({"attn_drop_rate": "0.1"}, TypeError, "attn_drop_rate must be a number"),
+    ({"mlp_ratio": 0}, ValueError, "mlp_ratio must give at least one hidden unit"),
+    (
+        {"mlp_ratio": 3, "embed_dim": 3, "num_heads": 1, "mlp_layer": "swiglu_packed"},
+        ValueError,
+        "mlp_ratio must give an even hidden width",
+    ),
+    ({"init_values": "small"}, TypeError, "init_values must be a number"),
+    ({"scale_attn_norm": True}, ValueError, "scale_attn_norm is not supported, got True"),
+    ({"scale_mlp_norm": True}, ValueError, "scale_mlp_norm is not supported"),
+    ({"patch_drop_rate": 0.5}, ValueError, "patch_drop_rate is not supported, got 0.5"),
+    ({"embed_norm_layer": nn.LayerNorm}, ValueError, "embed_norm_layer is not supported"),
+    ({"norm_layer": nn.BatchNorm1d}, ValueError, "norm_layer=.*BatchNorm1d.*expected 'layernorm'"),
+    ({"norm_layer": nn.RMSNorm}, ValueError, "norm_layer=.*RMSNorm"),
+    ({"norm_layer": _Unknown}, ValueError, "norm_layer="),
+    ({"norm_layer": functools.partial(nn.LayerNorm, bias=False)}, ValueError, "norm_layer="),
+    ({"norm_layer": functools.partial(nn.LayerNorm, eps="x")}, TypeError, "norm_layer eps"),
+    ({"act_layer": "mish"}, ValueError, "act_layer='mish' is not supported; expected 'gelu'"),
+    ({"act_layer": nn.ELU}, ValueError, "act_layer="),
+    ({"act_layer": functools.partial(nn.ReLU, inplace=True)}, ValueError, "act_layer="),
+    ({"act_layer": nn.functional.gelu}, ValueError, "act_layer="),
+    ({"mlp_layer": nn.Linear}, ValueError, "mlp_layer=.*expected 'mlp'"),
+    ({"block_fn": _Unknown}, ValueError, "block_fn=.*expected None or timm.Block"),
+    ({"attn_layer": "diff"}, ValueError, "attn_layer='diff'"),
+    ({"mean": (0.5, 0.5)}, ValueError, "mean must be a number or in_chans=3 of them"),
+    ({"std": 0.0}, ValueError, "std must be positive"),
+    ({"residual_dtype": "float32"}, TypeError, "residual_dtype must be a torch.dtype"),
+    ({"residual_dtype": torch.int8}, ValueError, "residual_dtype must be floating point"),
+    (
+        {"residual_dtype": torch.float32, "final_norm": False},
+        ValueError,
+        "residual_dtype needs a norm",
+    ),
+    ({"impl": "cuda"}, ValueError, "impl='cuda' for patch_embed; expected one of auto"),
+    ({"impl": {"atention": "auto"}}, ValueError, "impl names the op 'atention'"),
+    ({"impl": {"attention": "tritn"}}, ValueError, "impl='tritn' for attention"),
+    ({"impl": 3}, TypeError, "impl must be a string or a mapping"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), WRONG, ids=lambda v: str(v)[:40])
+def test_mistakes_are_named(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        vitkern.ViT(**arguments, device="meta")
+
+
+def test_unknown_arguments_offer_a_close_one() -> None:
+    with pytest.raises(TypeError, match="unknown argument 'embed_dims'; did you mean 'embed_dim'"):
+        vitkern.ViT(embed_dims=768)
+    with pytest.raises(TypeError, match="'drop_path'; did you mean .*'drop_path_rate'"):
+        vitkern.create_model("vit_tiny_patch16_224", drop_path=0.1)
+
+
+def test_names() -> None:
+    assert ViTConfig.from_name("vit_base_patch16_384").img_size == (384, 384)
+    assert ViTConfig.from_name("vit_base_patch16_224", num_classes=5).num_classes == 5
+    assert ViTConfig.from_name("vit_giant_patch14_224").hidden_dim == 6144
+    with pytest.raises(ValueError, match="unknown model 'vit_bas_patch16_224'; did you mean 'vit_base"):
+        vitkern.create_model("vit_bas_patch16_224")
+    with pytest.raises(ValueError, match="unknown model 'resnet50'"):
+        vitkern.create_model("resnet50")
+    with pytest.raises(ValueError, match="downloads nothing.*load_state_dict"):
+        vitkern.create_model("vit_tiny_patch16_224", pretrained=True)
+    with pytest.raises(ValueError, match="'augreg_in21k'.*downloads nothing.*load_state_dict"):
+        vitkern.create_model("vit_tiny_patch16_224.augreg_in21k")
+    assert all(name.startswith("vit_") for name in PRESETS)
+
+
+def test_import_is_quiet_and_leaves_the_gpu_alone() -> None:
+    script = (
+        "import sys, vitkern, torch;"
+        "assert not torch.cuda.is_initialized();"
+        "assert 'timm' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:vitkern", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
