@@ -1,7 +1,9 @@
 """``python -m benchmarks COMMAND``: the gates that need no GPU, and the measurements."""
 
 import argparse
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -27,6 +29,16 @@ def parser() -> argparse.ArgumentParser:
         "--all", action="store_true", help="every dtype and alignment of every sample"
     )
     offline.add_argument("--verbose", action="store_true", help="one line a compilation")
+
+    sanitize = commands.add_parser(
+        "sanitize",
+        help="run every kernel interpreted; fail on an access out of bounds or undeclared traffic",
+        description="Run every kernel on odd shapes and on views, interpreted on the CPU; check "
+        "each access, count the bytes, and compare with what the op declares. With triton-viz "
+        "installed its symbolic sanitizer runs too. Exit code 1 names op, kernel, sample and line.",
+    )
+    sanitize.add_argument("--op", nargs="+", help="these ops only (default: all)")
+    sanitize.add_argument("--no-symbolic", action="store_true", help="leave triton-viz out")
     return top
 
 
@@ -48,6 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
                 everything=options.all,
                 verbose=options.verbose,
             )
+        if options.command == "sanitize":
+            os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is decorated
+            from . import _sanitize
+            from ._cases import choose_ops
+
+            symbolic = not options.no_symbolic and find_spec("triton_viz") is not None
+            return _sanitize.main(choose_ops(options.op), symbolic)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

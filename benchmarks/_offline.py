@@ -2,11 +2,11 @@
 
 The launches come from the ops themselves, run on tensors without memory: nothing about a kernel's
 arguments or configs is written down a second time. Triton specialises on dtypes, on arguments that
-are None or 1, and on divisibility by 16; the same rules, from Triton's own code, are applied here.
+are None or 1, and on divisibility by 16; those rules, from Triton's own code, are applied here.
 
-What is covered: every kernel of the "vit" samples in bfloat16 and float32 (with and without TF32), at
-every alignment they have; and, of the "tiny" samples and of float16, every launch config that has not
-been seen by then. float16 and bfloat16 differ in the names of a few instructions only.
+What is covered: every kernel of the "vit" samples in bfloat16 and float32 (with and without TF32),
+at every alignment they have; and, of the "tiny" samples and of float16, every launch config that
+has not been seen by then. float16 and bfloat16 differ in the names of a few instructions only.
 """
 
 import itertools
@@ -61,8 +61,10 @@ class Job:
         """Equal for launches that differ in dtypes and alignment only."""
         named = [v for k, v in sorted(self.constexprs.items()) if self._declared_constexpr(k)]
         absent = [k for k, v in sorted(self.constexprs.items()) if v is None]
-        warps_stages = (self.launch.num_warps, self.launch.num_stages)
-        return f"{self.launch.kernel.fn.__qualname__} {self.arch} {named} {absent} {warps_stages}"
+        values = str(named).replace("fp16", "bf16")
+        launch = self.launch
+        name, options = launch.kernel.fn.__qualname__, (launch.num_warps, launch.num_stages)
+        return f"{name} {self.arch} {values} {absent} {options}"
 
     def _declared_constexpr(self, path: tuple[int, ...]) -> bool:
         return self.launch.kernel.params[path[0]].is_constexpr
@@ -258,8 +260,8 @@ def judge(row: Row) -> list[str]:
     """What is wrong with one compiled kernel; empty where nothing is.
 
     A matrix product must run on tensor cores, unless its operands are float32 in IEEE precision,
-    which those can't do. From sm_90 on, a tile of 64 rows or more and a whole warp group must use the
-    warp-group instruction (HGMMA); a smaller tile legitimately runs on HMMA.
+    which those can't do. From sm_90 on, a tile of 64 rows or more and a whole warp group must use
+    the warp-group instruction (HGMMA); a smaller tile legitimately runs on HMMA.
     """
     if "error" in row:
         return [f"does not compile: {row['error']}"]
@@ -297,8 +299,8 @@ def compile_all(jobs: list[Job], processes: int) -> list[Row]:
     _jobs = jobs
     rows: dict[int, Row] = {}
     start = time.perf_counter()
-    # Forked, since a job holds functions that can't be pickled; the parent has compiled nothing yet,
-    # so there are no compiler threads to lose.
+    # Forked, since a job holds functions that can't be pickled; the parent has compiled nothing
+    # yet, so there are no compiler threads to lose.
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         for n, row in enumerate(pool.imap(_compile_nth, range(len(jobs))), 1):
             rows[n - 1] = row
@@ -320,6 +322,7 @@ def table(rows: list[Row], verbose: bool) -> str:
         done = [row for row in group if "error" not in row]
         cores = sorted({k for row in done for k in row["tensor_core"]})
         configs = {f"{row['dtype']} {row['config']}" for row in group}
+        counts = [f"{k} {_span([row['tensor_core'].get(k, 0) for row in done])}" for k in cores]
         lines.append(
             (
                 name,
@@ -328,10 +331,7 @@ def table(rows: list[Row], verbose: bool) -> str:
                 _span([row["registers"] for row in done]),
                 _span([row["spill_bytes"] for row in done]),
                 _span([row["shared_bytes"] for row in done]),
-                " ".join(
-                    f"{k} {_span([row['tensor_core'].get(k, 0) for row in done])}" for k in cores
-                )
-                or "-",
+                " ".join(counts) or "-",
                 configs.pop() if len(configs) == 1 else f"{len(configs)} configs",
             )
         )
