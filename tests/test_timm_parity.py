@@ -1,6 +1,7 @@
 """vitkern.ViT against timm's VisionTransformer with the same weights: logits, gradients, dropout."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -106,6 +107,15 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         ("fix_init", {"fix_init": True}),
     ]
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small run faster on one thread, and much faster where others use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pair(**arguments: Any) -> tuple[VisionTransformer, vitkern.ViT]:
