@@ -206,11 +206,9 @@ def backward_reference(
         params[1] = d_normed.to(acc).reshape(-1, width).sum(0)
         if branch is not None:
             params[2] = (dropped * branch.to(acc)).reshape(-1, width).sum(0)
-    return (
-        dx.to(stream.dtype).contiguous(),
-        stream.new_empty(0) if branch_dtype is None else d_branch.to(branch_dtype, copy=True),
-        params.to(weight.dtype),
-    )
+    # A copy: an op's results may not share memory.
+    own = stream.new_empty(0) if branch_dtype is None else d_branch.to(branch_dtype).clone()
+    return dx.to(stream.dtype).contiguous(), own.contiguous(), params.to(weight.dtype)
 
 
 def backward_launch(

@@ -56,11 +56,18 @@ def _gather(
     x = tl.load(images + offsets, mask=mask, other=0)
     if mean is not None:
         in_range = c < C
+        shift = tl.load(mean + c, mask=in_range, other=0.0).to(tl.float32)
         gain = 1.0 / tl.load(std + c, mask=in_range, other=1.0).to(tl.float32)
-        shift = tl.load(mean + c, mask=in_range, other=0.0).to(tl.float32) * gain
+        x = x.to(tl.float32)
         if BYTES:
+            # x / 255 - shift as (x - 255 shift) / 255, with what rounding 255 shift loses taken off
+            # too: it would be the same for every pixel, and add up in a weight's gradient.
+            scaled = 256.0 * shift - shift
+            x = (x - scaled[None, :]) - ((256.0 * shift - scaled) - shift)[None, :]
             gain = gain / 255.0
-        x = tl.where(mask, x.to(tl.float32) * gain[None, :] - shift[None, :], 0.0)
+        else:
+            x = x - shift[None, :]
+        x = tl.where(mask, x * gain[None, :], 0.0)
     return x.to(DTYPE)
 
 

@@ -1,0 +1,34 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors.
+
+That is decided when a kernel is decorated, so before vitkern is imported anywhere.
+"""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and (not GPU or INTERPRET):
+            reason = "TRITON_INTERPRET=1 is set" if GPU else "needs a CUDA GPU"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter"),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """A device on which the Triton kernels run: interpreted on the CPU, compiled on a GPU."""
+    if request.param == "cpu" and not INTERPRET:
+        pytest.skip("the kernels are compiled in this process: TRITON_INTERPRET is not set")
+    return request.param
