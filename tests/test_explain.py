@@ -34,7 +34,7 @@ def test_rows_count_every_call() -> None:
     by_op = {row.op: row for row in rows}
     assert by_op["attention"].implementation == "reference"
     assert by_op["attention"].why == "asked for"
-    assert "CUDA" in by_op["layer_norm"].why
+    assert all(row.why for row in rows)
 
 
 def test_the_table_is_aligned() -> None:
