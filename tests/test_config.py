@@ -99,7 +99,7 @@ def test_timms_classes_are_understood() -> None:
         ({"attn_layer": layers.Attention}, None),
     ):
         (name,) = given
-        assert getattr(ViTConfig(**given), name) == expected  # type: ignore[arg-type]
+        assert getattr(ViTConfig(**given), name) == expected
     for wrong in (
         {"mlp_layer": layers.GluMlp},  # gates with its last half
         {"mlp_layer": partial(layers.SwiGLU, align_to=8)},
@@ -111,7 +111,7 @@ def test_timms_classes_are_understood() -> None:
     ):
         (name,) = wrong
         with pytest.raises(ValueError, match=f"{name}=.*expected"):
-            ViTConfig(**wrong)  # type: ignore[arg-type]
+            ViTConfig(**wrong)
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -182,7 +182,7 @@ def test_mistakes_are_named(arguments: dict[str, Any], error: type[Exception], t
 def test_unknown_arguments_offer_a_close_one() -> None:
     with pytest.raises(TypeError, match="unknown argument 'embed_dims'; did you mean 'embed_dim"):
         vitkern.ViT(embed_dims=768)
-    with pytest.raises(TypeError, match="'drop_path'; did you mean .*'drop_path_rate'"):
+    with pytest.raises(TypeError, match=r"'drop_path'; did you mean .*'drop_path_rate'"):
         vitkern.create_model("vit_tiny_patch16_224", drop_path=0.1)
 
 
@@ -194,9 +194,9 @@ def test_names() -> None:
         vitkern.create_model("vit_bas_patch16_224")
     with pytest.raises(ValueError, match="unknown model 'resnet50'"):
         vitkern.create_model("resnet50")
-    with pytest.raises(ValueError, match="downloads nothing.*load_state_dict"):
+    with pytest.raises(ValueError, match=r"downloads nothing.*load_state_dict"):
         vitkern.create_model("vit_tiny_patch16_224", pretrained=True)
-    with pytest.raises(ValueError, match="'augreg_in21k'.*downloads nothing.*load_state_dict"):
+    with pytest.raises(ValueError, match=r"'augreg_in21k'.*downloads nothing.*load_state_dict"):
         vitkern.create_model("vit_tiny_patch16_224.augreg_in21k")
     assert all(name.startswith("vit_") for name in PRESETS)
 

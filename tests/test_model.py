@@ -54,7 +54,7 @@ def assert_same(
     tolerance: float = 1e-5,
 ) -> None:
     pairs = [("logits", ours[0], theirs[0])]
-    pairs += [(n, ours[1].get(n), g) for n, g in theirs[1].items()]  # type: ignore[misc]
+    pairs += [(n, ours[1].get(n), g) for n, g in theirs[1].items()]
     for name, a, b in pairs:
         if b is None:
             assert a is None, name
@@ -277,7 +277,7 @@ def test_frozen_parts_get_no_gradient(images: Tensor) -> None:
         if name.startswith(frozen):
             assert g is None, name
         elif "k_norm.bias" not in name:
-            assert torch.allclose(g, expected[name], rtol=1e-4, atol=1e-6), name  # type: ignore[arg-type]
+            assert torch.allclose(g, expected[name], rtol=1e-4, atol=1e-6), name
     model.requires_grad_(False)
     assert not model(images).requires_grad
     x = images.clone().requires_grad_()  # a gradient for the images alone

@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from .._launch import capability, cdiv, dot_precision, launch, sm_count
+from .._op import dtype_name
 from .._reduce import column_sum
 from .._triton import tl
 from .kernels import forward_kernel, image_grad_kernel, token_grad_kernel, weight_grad_kernel
 from .reference import covered_pixels, geometry
-
-# As a launch passes a dtype to a kernel.
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -253,7 +247,7 @@ def _launch_weight_grad(
         CHANNELS_LAST=is_channels_last(images),
         PADDED=pad,
         BYTES=images.dtype == torch.uint8,
-        DTYPE=TRITON_DTYPES[compute_dtype],
+        DTYPE=getattr(tl, dtype_name(compute_dtype)),
         PRECISION=dot_precision(compute_dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

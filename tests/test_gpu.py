@@ -1,0 +1,106 @@
+"""What only a GPU can show: streams, graphs, other devices, training in bfloat16."""
+
+import pytest
+import torch
+
+import vitkern
+from vitkern.kernels import add_layer_norm, layer_norm, patch_embed
+
+pytestmark = pytest.mark.gpu
+
+
+def step(device: str = "cuda") -> tuple[torch.Tensor, ...]:
+    """Every Triton forward and backward once, on fixed inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device).requires_grad_()
+
+    images, weight, pos = normal(2, 3, 32, 32), normal(64, 3, 8, 8), normal(17, 64)
+    prefix, gamma, beta, scale = normal(1, 64), normal(64), normal(64), normal(64)
+    tokens = patch_embed(images, weight, beta, pos, prefix, impl="triton")
+    normed = layer_norm(tokens, gamma, beta, impl="triton")
+    stream, out = add_layer_norm(tokens, normed, gamma, beta, layer_scale=scale, impl="triton")
+    grads = torch.autograd.grad(
+        (out * stream).sum(), [images, weight, pos, prefix, gamma, beta, scale]
+    )
+    return stream.detach(), out.detach(), *grads
+
+
+def assert_equal(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.cpu(), e.cpu())
+
+
+def test_a_stream_of_ones_own() -> None:
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        actual = step()
+    stream.synchronize()
+    assert_equal(actual, expected)
+
+
+def test_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert_equal(step("cuda:1"), step("cuda:0"))
+
+
+def test_captured_in_a_cuda_graph() -> None:
+    model = vitkern.ViT(
+        img_size=32,
+        patch_size=8,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        init_values=0.1,
+        device="cuda",
+    ).eval()
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        expected = model(images)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = model(images)
+    images.copy_(images.flip(0))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(captured, expected.flip(0), rtol=0, atol=1e-2)
+
+
+def test_auto_takes_the_kernels() -> None:
+    model = vitkern.ViT(
+        img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2, device="cuda"
+    )
+    rows = vitkern.explain(model, torch.randn(2, 3, 32, 32, device="cuda")).rows
+    taken = {row.op: row.implementation for row in rows}
+    assert taken["patch_embed"] == taken["layer_norm"] == taken["add_layer_norm"] == "triton"
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_trains_as_the_reference_does_in_bfloat16(autocast: bool) -> None:
+    losses = {}
+    for impl in ("auto", "reference"):
+        torch.manual_seed(0)
+        model = vitkern.ViT(
+            img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10,
+            impl=impl, device="cuda", dtype=torch.float32 if autocast else torch.bfloat16,
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        images = torch.randn(64, 3, 32, 32, device="cuda")
+        labels = torch.arange(64, device="cuda") % 10
+        losses[impl] = []
+        for _ in range(50):
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+                logits = model(images if autocast else images.bfloat16())
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[impl].append(loss.item())
+    actual, expected = (torch.tensor(losses[impl]) for impl in ("auto", "reference"))
+    assert expected[-1] < expected[0] / 2
+    assert (actual - expected).abs().mean() < 0.05
