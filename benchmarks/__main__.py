@@ -39,6 +39,16 @@ def parser() -> argparse.ArgumentParser:
     )
     sanitize.add_argument("--op", nargs="+", help="these ops only (default: all)")
     sanitize.add_argument("--no-symbolic", action="store_true", help="leave triton-viz out")
+
+    gpu = commands.add_parser(
+        "gpu",
+        help="everything that needs an NVIDIA GPU: tests, parity, times",
+        description="Run the GPU tests, check every op and model against float64, then time them. "
+        "Exit code 0: all is right; 1: something is wrong; 2: there is no GPU.",
+    )
+    gpu.add_argument("--minutes", type=float, default=10, help="time budget, default: %(default)s")
+    gpu.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="DIR")
+    gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
     return top
 
 
@@ -67,6 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
 
             symbolic = not options.no_symbolic and find_spec("triton_viz") is not None
             return _sanitize.main(choose_ops(options.op), symbolic)
+        if options.command == "gpu":
+            import torch
+
+            from . import _gpu
+
+            return _gpu.main(options.minutes, options.out, torch.device(options.device))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
