@@ -1,7 +1,7 @@
-"""ViTConfig: every argument of a ViT, checked and made plain; PRESETS: timm's names for the paper's family.
+"""ViTConfig: every argument of a ViT, checked and made plain; PRESETS: models by timm's names.
 
-A config holds numbers, strings, booleans and tuples only, whatever it was given (classes, partials),
-so that it can be compared, hashed, pickled and printed. It is checked once, here: the model trusts it.
+A config holds numbers, strings, booleans and tuples only, whatever it was given (classes, say), so
+it can be compared, hashed, pickled and printed. It is checked once, here: the model trusts it.
 """
 
 import difflib
@@ -99,12 +99,13 @@ class ViTConfig:
         weight_init: "", "skip", "reset", "jax", "jax_nlhb" or "moco".
         fix_init: scale the residual projections' start by depth.
         embed_layer, embed_norm_layer, block_fn, attn_layer: timm's defaults only, or None.
-        norm_layer: "layernorm" (eps 1e-6), "rmsnorm", a (name, eps) pair, or torch's or timm's class,
-            plain or in a partial with `eps`.
+        norm_layer: "layernorm" (eps 1e-6), "rmsnorm", a (name, eps) pair, or torch's or timm's
+            class, plain or in a partial with `eps`.
         act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", or torch's or timm's class.
         mlp_layer: "mlp", "swiglu", "swiglu_packed", or timm's class. As in timm, the gate of a
             SwiGLU is `act_layer`, so GELU where none is given.
-        mean, std: normalisation of uint8 images, (pixel / 255 - mean) / std: numbers, or one a channel.
+        mean, std: normalisation of uint8 images, (pixel / 255 - mean) / std; each a number, or one
+            for every channel.
         residual_dtype: dtype of the residual stream; None for what eager PyTorch would give it.
         impl: implementation of every op ("auto", "triton", "reference"), or a mapping from op name
             to implementation.
@@ -185,7 +186,8 @@ class ViTConfig:
             ("block_fn", "timm.Block"),
             ("attn_layer", "timm.Attention"),
         ):
-            put(name, _only_default(name, getattr(self, name), default))
+            _only_default(name, getattr(self, name), default)
+            put(name, None)
         put("norm_layer", _norm(self.norm_layer))
         put("act_layer", _activation(self.act_layer))
         put("mlp_layer", _mlp(self.mlp_layer))
@@ -217,7 +219,9 @@ class ViTConfig:
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool='token' needs class_token=True; expected another pool")
         if min(self.grid_size) < 1:
-            raise ValueError(f"img_size {self.img_size} is smaller than patch_size {self.patch_size}")
+            raise ValueError(
+                f"img_size {self.img_size} is smaller than patch_size {self.patch_size}"
+            )
         whole = all(s % p == 0 for s, p in zip(self.img_size, self.patch_size, strict=True))
         if self.dynamic_img_pad and not self.dynamic_img_size and not whole:
             raise ValueError(
@@ -226,14 +230,16 @@ class ViTConfig:
             )
         if any(s <= 0 for s in (self.std if isinstance(self.std, tuple) else (self.std,))):
             raise ValueError(f"std must be positive, got {self.std}")
-        if self.residual_dtype is not None:
-            if not isinstance(self.residual_dtype, torch.dtype):
-                raise TypeError(f"residual_dtype must be a torch.dtype or None, got {self.residual_dtype!r}")
-            if not self.residual_dtype.is_floating_point:
-                raise ValueError(f"residual_dtype must be floating point, got {self.residual_dtype}")
-            if not self.final_norm or (self.global_pool == "map" and self.fc_norm):
-                # It is the norm behind the blocks that casts back to what the head takes.
-                raise ValueError("residual_dtype needs a norm between the blocks and the pool or head")
+        stream = self.residual_dtype
+        if stream is None:
+            return
+        if not isinstance(stream, torch.dtype):
+            raise TypeError(f"residual_dtype must be a torch.dtype or None, got {stream!r}")
+        if not stream.is_floating_point:
+            raise ValueError(f"residual_dtype must be floating point, got {stream}")
+        if not self.final_norm or (self.global_pool == "map" and self.fc_norm):
+            # The norm behind the blocks is what casts back to the dtype of the layers after it.
+            raise ValueError("residual_dtype needs a norm between the blocks and the pool or head")
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "ViTConfig":
@@ -248,7 +254,7 @@ class ViTConfig:
         if name not in PRESETS:
             base, _, tag = name.partition(".")
             if tag and base in PRESETS:
-                raise ValueError(f"model {name!r} names pretrained weights ({tag!r}): {_NO_DOWNLOAD}")
+                raise ValueError(f"model {name!r} asks for weights ({tag!r}): {_NO_DOWNLOAD}")
             raise ValueError(f"unknown model {name!r}{_similar(base, PRESETS)}")
         check_arguments(overrides)
         return cls(**{**PRESETS[name], **overrides})
@@ -274,9 +280,16 @@ class ViTConfig:
         return int(self.class_token) + self.reg_tokens
 
     @property
+    def num_pos_prefix(self) -> int:
+        """Those of them that have a position."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
+    @property
     def norm_after_pool(self) -> bool:
         """Whether the final norm is `fc_norm`, behind the pool, and not `norm`, before it."""
-        return self.global_pool in ("avg", "avgmax", "max") if self.fc_norm is None else self.fc_norm
+        if self.fc_norm is not None:
+            return self.fc_norm
+        return self.global_pool in ("avg", "avgmax", "max")
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -346,7 +359,9 @@ def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
 def _per_channel(name: str, value: Any, channels: int) -> float | tuple[float, ...]:
     if isinstance(value, (tuple, list)):
         if len(value) != channels:
-            raise ValueError(f"{name} must be a number or in_chans={channels} of them, got {value!r}")
+            raise ValueError(
+                f"{name} must be a number or in_chans={channels} of them, got {value!r}"
+            )
         return tuple(_number(name, v) for v in value)
     return _number(name, value)
 
@@ -368,9 +383,9 @@ def _refuse(name: str, value: Any, expected: str) -> ValueError:
 
 
 def _norm(layer: Any) -> tuple[str, float]:
-    expected = "'layernorm', 'rmsnorm', (name, eps), or torch's or timm's class, eps its one option"
-    if isinstance(layer, (tuple, list)) and len(layer) == 2 and layer[0] in ("layernorm", "rmsnorm"):
-        return (layer[0], _number("norm_layer eps", layer[1]))
+    expected = "'layernorm', 'rmsnorm', (name, eps), or torch's or timm's class with eps at most"
+    if isinstance(layer, (tuple, list)) and len(layer) == 2 and layer[0] in NORMS:
+        return (NORMS[layer[0]][0], _number("norm_layer eps", layer[1]))
     kind, options = _unwrap(layer or "layernorm")
     if kind is not None and "." not in kind:
         kind = kind.replace("_", "")
@@ -404,9 +419,9 @@ def _mlp(layer: Any) -> str:
 
 
 def _only_default(name: str, layer: Any, default: str) -> None:
-    if layer is None or (name == "attn_layer" and layer in ("", "attn")) or _unwrap(layer) == (default, {}):
-        return
-    raise _refuse(name, layer, f"None or {default}")
+    standard = ("", "attn") if name == "attn_layer" else ()
+    if not (layer is None or layer in standard or _unwrap(layer) == (default, {})):
+        raise _refuse(name, layer, f"None or {default}")
 
 
 def _impl(impl: Any) -> str | tuple[tuple[str, str], ...]:
@@ -415,7 +430,7 @@ def _impl(impl: Any) -> str | tuple[tuple[str, str], ...]:
     elif isinstance(impl, (Mapping, tuple)):
         asked = dict(impl)
     else:
-        raise TypeError(f"impl must be a string or a mapping from op to implementation, got {impl!r}")
+        raise TypeError(f"impl must be a string or a mapping from op to string, got {impl!r}")
     for op, name in asked.items():
         if op not in OPS:
             raise ValueError(f"impl names the op {op!r}; expected one of {', '.join(OPS)}")

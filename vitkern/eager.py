@@ -1,8 +1,8 @@
 """EagerViT: the same network in PyTorch's own modules and functions, without a kernel of ours.
 
-The baseline that the benchmarks and the demo compare with: nn.Conv2d, nn.LayerNorm, nn.Linear,
-nn.GELU and F.scaled_dot_product_attention, a step a line. State dicts fit `ViT` both ways. It covers
-the networks of the paper and of DeiT III: LayerScale, DropPath, token or average pooling.
+The baseline that benchmarks and demo compare with: nn.Conv2d, nn.LayerNorm, nn.Linear, nn.GELU and
+F.scaled_dot_product_attention, a step a line. State dicts fit `ViT` both ways. It covers the
+networks of the paper and of DeiT III: LayerScale, DropPath, token or average pooling.
 """
 
 from typing import Any
@@ -76,6 +76,8 @@ class EagerViT(nn.Module):
 
     mean: Tensor
     std: Tensor
+    cls_token: nn.Parameter | None
+    reg_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -97,7 +99,8 @@ class EagerViT(nn.Module):
         self.patch_embed = nn.Module()
         patch = config.patch_size
         self.patch_embed.proj = nn.Conv2d(config.in_chans, dim, patch, stride=patch, **dd)
-        for name, count in (("cls_token", int(config.class_token)), ("reg_token", config.reg_tokens)):
+        tokens = {"cls_token": int(config.class_token), "reg_token": config.reg_tokens}
+        for name, count in tokens.items():
             token = nn.Parameter(torch.zeros(1, count, dim, **dd)) if count else None
             self.register_parameter(name, token)
         length = rows * columns + (0 if config.no_embed_class else config.num_prefix_tokens)
@@ -115,12 +118,13 @@ class EagerViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, C, H, W]."""
-        proj = self.patch_embed.proj
+        proj: Any = self.patch_embed.proj
         if images.dtype == torch.uint8:
             images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
             images = images.to(proj.weight.dtype)
         x = proj(images).flatten(2).transpose(1, 2)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens = (self.cls_token, self.reg_token)
+        prefix = [t.expand(len(x), -1, -1) for t in tokens if t is not None]
         if self.config.no_embed_class:
             x = torch.cat([*prefix, x + self.pos_embed], 1)
         else:

@@ -1,21 +1,21 @@
 """The Vision Transformer, from PatchEmbed to ViT, in timm's layout: the state dicts are the same.
 
-    images [B, C, H, W] -> patch_embed: tokens [B, N, D] -> blocks -> norm -> pool -> head [B, classes]
-    block:  x = x + attn(norm1(x)),  x = x + mlp(norm2(x)),  each branch scaled and dropped by sample
+    images [B, C, H, W] -> patch_embed -> tokens [B, N, D] -> blocks -> norm, pool, head -> [B, K]
+    block:  x = x + attn(norm1(x)),  x = x + mlp(norm2(x)),  each branch scaled, dropped at random
 
 Every step is an op of ``vitkern.kernels``, and one op takes as many steps as it can: position and
-prefix tokens with the projection, LayerScale, DropPath and residual with the next norm, activation
-with the linear layer before it. A step is only fused where its modules are `plain`: a module that was
+prefix tokens with the projection; LayerScale, DropPath and residual with the next norm; activation
+with the linear layer before it. That is done where the modules are `plain`. A module that was
 replaced, wrapped (LoRA) or hooked is called, and the steps around it run one by one.
 
-The model does not ask what device it is on; an op does.
+The model never asks what device it is on; an op does.
 """
 
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,13 @@ from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from vitkern import kernels as ops
-from vitkern.config import WEIGHT_INITS, ViTConfig, check_arguments
+from vitkern.config import POOLS, WEIGHT_INITS, ViTConfig, check_arguments
 from vitkern.kernels._op import autocast_dtype
 
+M = TypeVar("M", bound=nn.Module)
 
-def plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+
+def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
     """Whether calling `module` does just what its class says, so that a fused op may stand in."""
     return type(module) in classes and not (
         module._forward_hooks
@@ -40,18 +42,17 @@ def plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     )
 
 
-class _Norm(nn.Module):
-    """What the two norms share: the op and the dtype of its result.
+class _Norm:
+    """What the two norms add to PyTorch's: the op, and the dtype of its result.
 
-    feeds_product: what follows is a linear layer, so under autocast the result may have its dtype
-        at once. recast: the residual stream has a dtype of its own (`residual_dtype`), which ends here.
+    feeds_product: a linear layer follows, so under autocast the result has its dtype at once.
+    recast: the residual stream has a dtype of its own (`residual_dtype`), and it ends here.
     """
 
-    rms = False
     weight: nn.Parameter
-    bias: nn.Parameter | None
-    eps: float
-
+    bias: Any
+    eps: Any
+    rms = False
     feeds_product = False
     recast = False
     impl = "auto"
@@ -62,11 +63,9 @@ class _Norm(nn.Module):
         return product or (self.weight.dtype if self.recast else x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., D] over its last dimension."""
-        dtype = self.out_dtype(x)
-        return ops.layer_norm(
-            x, self.weight, self.bias, self.eps, rms=self.rms, out_dtype=dtype, impl=self.impl
-        )
+        """Normalise [..., D] over the last dimension."""
+        options: dict[str, Any] = {"out_dtype": self.out_dtype(x), "impl": self.impl}
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, rms=self.rms, **options)
 
 
 class LayerNorm(_Norm, nn.LayerNorm):
@@ -76,36 +75,26 @@ class LayerNorm(_Norm, nn.LayerNorm):
         super().__init__(dim, eps, **dd)
 
 
-class RmsNorm(_Norm):
+class RmsNorm(_Norm, nn.RMSNorm):
     """RMSNorm over the last dimension, by the op `layer_norm`."""
 
     rms = True
+    bias = None
 
     def __init__(self, dim: int, eps: float = 1e-6, **dd: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, **dd))
-        self.bias = None
-
-    def reset_parameters(self) -> None:
-        """Scale 1."""
-        nn.init.ones_(self.weight)
-
-    def extra_repr(self) -> str:
-        """Width and eps."""
-        return f"{self.weight.numel()}, eps={self.eps}"
+        super().__init__(dim, eps, **dd)
 
 
-NORMS = (LayerNorm, RmsNorm)
+NORMS: tuple[type[Any], ...] = (LayerNorm, RmsNorm)
 
 
 def make_norm(
-    config: ViTConfig, dim: int, dd: dict[str, Any], feeds_product: bool = False, recast: bool = True
+    config: ViTConfig, dim: int, *, product: bool = False, recast: bool = True, **dd: Any
 ) -> LayerNorm | RmsNorm:
     """The norm that the config names, `dim` wide."""
     kind, eps = config.norm_layer
     norm = (RmsNorm if kind == "rmsnorm" else LayerNorm)(dim, eps, **dd)
-    norm.feeds_product = feeds_product
+    norm.feeds_product = product
     norm.recast = recast and config.residual_dtype is not None
     norm.impl = config.implementations["layer_norm"]
     return norm
@@ -121,7 +110,7 @@ class QuickGELU(nn.Module):
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "gelu_tanh": lambda: nn.GELU("tanh"),
     "quick_gelu": QuickGELU,
     "relu": nn.ReLU,
     "silu": nn.SiLU,
@@ -132,8 +121,10 @@ def activation_name(act: nn.Module) -> str | None:
     """The name by which `linear_act` knows this module; None where it has to be called."""
     if plain(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    names = {QuickGELU: "quick_gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
-    return names[type(act)] if plain(act, *names) else None
+    for name in ("quick_gelu", "relu", "silu"):
+        if plain(act, ACTIVATIONS[name]):  # type: ignore[arg-type]
+            return name
+    return None
 
 
 class LayerScale(nn.Module):
@@ -184,11 +175,11 @@ class DropPath(nn.Module):
 def branch_scales(
     branch: Tensor, ls: nn.Module, drop_path: nn.Module
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(branch, layer_scale, drop_scale): what the fused op takes over, and the branch after the rest."""
+    """(branch, layer_scale, drop_scale): the last two for a fused op, the branch after the rest."""
     gamma, dtype = None, branch.dtype
     if plain(ls, LayerScale) and plain(drop_path, DropPath, nn.Identity):
         gamma = ls.gamma
-        dtype = torch.promote_types(dtype, gamma.dtype)  # of their product, which DropPath would see
+        dtype = torch.promote_types(dtype, gamma.dtype)  # DropPath would see their product
     else:
         branch = ls(branch)
     if plain(drop_path, DropPath):
@@ -227,7 +218,7 @@ class PatchEmbed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PatchEmbed":
         # half(), to(dtype) and to_empty() would round or lose the two buffers: make them anew.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._normalisation(self.mean.device)
         return self
 
@@ -273,27 +264,27 @@ class PatchEmbed(nn.Module):
 
 
 def check_images(images: Tensor, config: ViTConfig) -> Tensor:
-    """Images as [B, C, H, W] (uint8 [B, H, W, C] as a view), or a ValueError with the shape expected."""
-    if images.dtype == torch.uint8 and images.dim() == 4:
-        if images.shape[1] != config.in_chans == images.shape[3]:
-            images = images.permute(0, 3, 1, 2)
-    (height, width), (rows, columns) = config.img_size, config.patch_size
-    fits = images.dim() == 4 and images.shape[1] == config.in_chans
+    """Images as [B, C, H, W], uint8 [B, H, W, C] as a view; a ValueError says what is expected."""
+    channels, (height, width), (rows, columns) = config.in_chans, config.img_size, config.patch_size
+    shape = images.shape
+    if images.dtype == torch.uint8 and images.dim() == 4 and shape[1] != channels == shape[3]:
+        images = images.permute(0, 3, 1, 2)
+        shape = images.shape
+    fits = images.dim() == 4 and shape[1] == channels
+    expected = f"[B, {channels}, H, W]"
     if not config.dynamic_img_size:
-        expected = f"[B, {config.in_chans}, {height}, {width}]"
-        fits = fits and images.shape[2] == height and images.shape[3] == width
-    elif config.dynamic_img_pad:
-        expected = f"[B, {config.in_chans}, H, W]"
-    else:
-        expected = f"[B, {config.in_chans}, H, W] with multiples of {rows} and {columns} for H and W"
-        fits = fits and images.shape[2] % rows == 0 and images.shape[3] % columns == 0
+        expected = f"[B, {channels}, {height}, {width}]"
+        fits = fits and shape[2] == height and shape[3] == width
+    elif not config.dynamic_img_pad:
+        expected += f" with multiples of {rows} for H and of {columns} for W"
+        fits = fits and shape[2] % rows == 0 and shape[3] % columns == 0
     if not fits:
-        raise ValueError(f"images must be {expected}, got {list(images.shape)}")
+        raise ValueError(f"images must be {expected}, got {list(shape)}")
     return images
 
 
 def assemble(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
-    """Patch tokens [B, N, D] with prefix [T, D] in front and positions [N, D] or [T + N, D] added."""
+    """Patch tokens [B, N, D] with prefix [T, D] before and positions [N, D] or [T + N, D] added."""
     if pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]:
         tokens, pos_embed = tokens + pos_embed, None
     if prefix is not None:
@@ -324,8 +315,10 @@ class Attention(nn.Module):
         dim, self.num_heads, self.head_dim = config.embed_dim, config.num_heads, config.head_dim
         self.impl = config.implementations["attention"]
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias, **dd)
-        make = (lambda: make_norm(config, self.head_dim, dd)) if config.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = make(), make()
+        self.q_norm, self.k_norm = (
+            make_norm(config, self.head_dim, **dd) if config.qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.attn_drop = nn.Dropout(config.attn_drop_rate)
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias, **dd)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
@@ -347,16 +340,17 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers and an activation; or a gated pair of first layers, packed in one matrix or split.
+    """Two layers and an activation; or first layers in a gated pair, act(gate) * value.
 
-    layout: "mlp", "swiglu_packed" (fc1 = [gate; value]) or "swiglu" (fc1_g, fc1_x).
+    layout: "mlp"; "swiglu_packed", where fc1 is [gate; value]; or "swiglu", with fc1_g and fc1_x.
     """
 
     def __init__(self, config: ViTConfig, layout: str, bias: bool, drop: float, **dd: Any) -> None:
         super().__init__()
         dim, hidden, self.layout = config.embed_dim, config.hidden_dim, layout
         self.impl = config.implementations["linear_act"]
-        for name in ("fc1_g", "fc1_x") if layout == "swiglu" else ("fc1",):
+        self.first = ("fc1_g", "fc1_x") if layout == "swiglu" else ("fc1",)
+        for name in self.first:
             self.add_module(name, nn.Linear(dim, hidden, bias=bias, **dd))
         self.act = ACTIVATIONS[config.act_layer]()
         self.drop1 = nn.Dropout(drop)
@@ -365,40 +359,35 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def init_weights(self) -> None:
-        """A SwiGLU starts as timm's does, one half of its first layer near 0 with bias 1."""
+        """A gated pair starts as timm's does: one of the two near 0, its bias 1."""
         if self.layout == "mlp":
             return
-        split = self.layout == "swiglu"
-        layer = self.fc1_g if split else self.fc1
-        start = 0 if split else layer.weight.shape[0] // 2
+        layer: Any = getattr(self, self.first[0])
+        start = 0 if self.layout == "swiglu" else layer.weight.shape[0] // 2
         nn.init.normal_(layer.weight[start:], std=1e-6)
         if layer.bias is not None:
             nn.init.ones_(layer.bias[start:])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.drop2(self.fc2(self.drop1(self.hidden(x))))
-
     def hidden(self, x: Tensor) -> Tensor:
-        """The activated hidden layer [..., F]."""
-        split = self.layout == "swiglu"
-        layers = (self.fc1_g, self.fc1_x) if split else (self.fc1,)
+        """The activated hidden layer [..., F] of [..., D]."""
+        layers: list[Any] = [getattr(self, name) for name in self.first]
         activation = activation_name(self.act)
         if activation and all(plain(layer, nn.Linear) for layer in layers):
             weight, bias = layers[0].weight, layers[0].bias
-            if split:  # one product of both: packing the weights costs less than a second pass over x
+            if len(layers) > 1:  # one product: packing weights costs less than a second pass over x
                 weight = torch.cat([layer.weight for layer in layers])
                 bias = None if bias is None else torch.cat([layer.bias for layer in layers])
-            gated = self.layout != "mlp"
-            return ops.linear_act(
-                x, weight, bias, activation=activation, gated=gated, impl=self.impl
-            )
-        if split:
-            return self.act(self.fc1_g(x)) * self.fc1_x(x)
-        if self.layout == "mlp":
-            return self.act(self.fc1(x))
-        gate, value = self.fc1(x).chunk(2, -1)
-        return self.act(gate) * value
+            options: dict[str, Any] = {"activation": activation, "impl": self.impl}
+            return ops.linear_act(x, weight, bias, gated=self.layout != "mlp", **options)
+        outputs = [layer(x) for layer in layers]
+        if self.layout == "swiglu_packed":
+            outputs = outputs[0].chunk(2, -1)
+        activated = self.act(outputs[0])
+        return activated if self.layout == "mlp" else activated * outputs[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.drop2(self.fc2(self.drop1(self.hidden(x))))
 
 
 class Block(nn.Module):
@@ -408,11 +397,11 @@ class Block(nn.Module):
         super().__init__()
         dim, scale = config.embed_dim, config.init_values
         self.impl = config.implementations
-        self.norm1 = make_norm(config, dim, dd, feeds_product=True)
+        self.norm1 = make_norm(config, dim, product=True, **dd)
         self.attn = Attention(config, **dd)
         self.ls1 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = make_norm(config, dim, dd, feeds_product=True)
+        self.norm2 = make_norm(config, dim, product=True, **dd)
         self.mlp = Mlp(config, config.mlp_layer, config.proj_bias, config.proj_drop_rate, **dd)
         self.ls2 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -447,7 +436,7 @@ class Block(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Pooling by attention from one learned query, followed by an MLP (timm's AttentionPoolLatent)."""
+    """Pooling by attention from one learned query, then an MLP: timm's AttentionPoolLatent."""
 
     def __init__(self, config: ViTConfig, **dd: Any) -> None:
         super().__init__()
@@ -457,7 +446,7 @@ class AttentionPool(nn.Module):
         self.q = nn.Linear(dim, dim, **dd)
         self.kv = nn.Linear(dim, 2 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.norm = make_norm(config, dim, dd, feeds_product=True)
+        self.norm = make_norm(config, dim, product=True, **dd)
         self.mlp = Mlp(config, "mlp", True, 0.0, **dd)
         self.init_weights()
 
@@ -513,20 +502,18 @@ class ViT(nn.Module):
         def token(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(1, count, dim, **dd)) if count else None
 
-        # Tokens that have a position though they are no patch.
-        self.num_pos_prefix = 0 if config.no_embed_class else config.num_prefix_tokens
-        positions = grid[0] * grid[1] + self.num_pos_prefix
+        positions = grid[0] * grid[1] + config.num_pos_prefix
         self.patch_embed = PatchEmbed(config, **dd)
         self.cls_token = token(int(config.class_token))
         self.reg_token = token(config.reg_tokens)
         self.pos_embed = token(positions if config.pos_embed == "learn" else 0)
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
-        norm_pre = make_norm(config, dim, dd, recast=False) if config.pre_norm else None
+        norm_pre = make_norm(config, dim, recast=False, **dd) if config.pre_norm else None
         self.norm_pre = norm_pre or nn.Identity()
         rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
         self.blocks = nn.Sequential(*(Block(config, rate, **dd) for rate in rates))
         after = config.norm_after_pool
-        final = make_norm(config, dim, dd) if config.final_norm else nn.Identity()
+        final = make_norm(config, dim, **dd) if config.final_norm else nn.Identity()
         self.norm = nn.Identity() if after else final
         self.attn_pool = AttentionPool(config, **dd) if config.global_pool == "map" else None
         self.fc_norm = final if after else nn.Identity()
@@ -559,19 +546,19 @@ class ViT(nn.Module):
             x = self.pos_drop(x)
         return self.norm_pre(x)
 
-    def _positions(self, size: tuple[int, int]) -> Tensor | None:
+    def _positions(self, size: torch.Size) -> Tensor | None:
         """Positions [N, D] or [T + N, D] for an image of this height and width."""
         if self.pos_embed is None:
             return None
         pos_embed: Tensor = self.pos_embed
         if self.dynamic_img_size:
-            grid = self.patch_embed.dynamic_feat_size(size)
+            grid = self.patch_embed.dynamic_feat_size((size[0], size[1]))
             old_grid = self.config.grid_size
-            pos_embed = resample_pos_embed(pos_embed, grid, old_grid, self.num_pos_prefix)
+            pos_embed = resample_pos_embed(pos_embed, grid, old_grid, self.config.num_pos_prefix)
         return pos_embed[0]
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens [B, T + N, D] after the blocks and, unless it follows the pool, the final norm."""
+        """All tokens [B, T + N, D] after the blocks and the norm that stands before the pool."""
         x = self.embed(images)
         if self.grad_checkpointing and self.training:
             for block in self.blocks:
@@ -595,11 +582,11 @@ class ViT(nn.Module):
         if kind == "avgmax":
             return 0.5 * (patches.amax(1) + patches.mean(1))
         if kind:
-            raise ValueError(f"pool_type must be 'token', 'avg', 'avgmax', 'max' or '', got {kind!r}")
+            raise ValueError(f"pool_type must be one of {POOLS}, got {kind!r}")
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits [B, num_classes] from the tokens of `forward_features`; features if `pre_logits`."""
+        """Logits [B, num_classes] of tokens [B, T + N, D]; features [B, D] if `pre_logits`."""
         x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
@@ -611,7 +598,7 @@ class ViT(nn.Module):
                 [B, H, W, C] (known by its last dimension), normalised here with `mean` and `std`.
 
         Returns:
-            Logits [B, num_classes]; features [B, D] where num_classes is 0; all tokens with pool "".
+            Logits [B, num_classes]; features [B, D] if num_classes is 0; per token with pool "".
 
         Raises:
             ValueError: images of another shape; the text says which is expected.
@@ -650,9 +637,9 @@ class ViT(nn.Module):
             elif needs_reset and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         if self.config.fix_init:
-            for i, block in enumerate(self.blocks):
-                for layer in (block.attn.proj, block.mlp.fc2):
-                    layer.weight.div_(math.sqrt(2 * (i + 1)))
+            for name, parameter in self.blocks.named_parameters():
+                if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                    parameter.div_(math.sqrt(2 * (int(name.partition(".")[0]) + 1)))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # The grid, so that positions of a rectangular image can be resampled by whoever loads them.
@@ -664,23 +651,20 @@ class ViT(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        key, grid = prefix + "pos_embed", self.config.grid_size
+        key, grid, kept = prefix + "pos_embed", self.config.grid_size, self.config.num_pos_prefix
         given = state_dict.get(key)
         if self.pos_embed is not None and given is not None and given.dim() == 3:
-            patches = given.shape[1] - self.num_pos_prefix
-            old_grid = local_metadata.get("grid_size")
-            if old_grid is None or math.prod(old_grid) != patches:
-                side = math.isqrt(max(patches, 0))
-                same_length = given.shape[1] == self.pos_embed.shape[1]
-                old_grid = grid if same_length else (side, side)
-            if math.prod(old_grid) != patches or patches < 1:
+            patches = given.shape[1] - kept
+            side = math.isqrt(max(patches, 0))
+            guess = grid if math.prod(grid) == patches else (side, side)
+            old_grid = local_metadata.get("grid_size", guess)
+            if patches < 1 or math.prod(old_grid) != patches:
                 raise ValueError(
-                    f"{key} holds {given.shape[1]} positions, {self.num_pos_prefix} of them expected "
-                    f"to be prefix tokens: the other {patches} are no square grid to resample from; "
-                    f"expected {list(self.pos_embed.shape)}"
+                    f"{key} is {list(given.shape)}, expected {list(self.pos_embed.shape)}: without "
+                    f"{kept} prefix tokens its {patches} positions are no grid to resample from"
                 )
-            state_dict[key] = resample_pos_embed(given, grid, old_grid, self.num_pos_prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)  # type: ignore[misc]
+            state_dict[key] = resample_pos_embed(given, grid, old_grid, kept)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     # timm's interface for training scripts
 
