@@ -21,6 +21,7 @@ demo: .venv/demo vitkern/kernels  ## train a small ViT on a small data set, and 
 	$(RUN) vitkern demo
 
 test: lint .venv-sanitize/made  ## all checks that need no GPU: lint, tests, offline compile, memory safety
+	@mkdir -p build
 	$(call step,tests,OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile)
 	$(call step,every kernel compiles for sm_80 and sm_90,\
 		$(RUN) benchmarks offline --arch 80 90 --json build/offline.json)
