@@ -1,8 +1,8 @@
 """The rule by which a kernel is right: at most twice the error that eager PyTorch makes.
 
-Errors are relative root-mean-square distances from a float64 result. Where eager is nearly exact by
-luck, as happens on samples of a few values, the rounding that nobody can avoid stands in: one of the
-result's dtype, and for float32, in which the sums are carried too, two.
+Errors are relative root-mean-square distances from a float64 result. Where eager is nearly exact
+by luck, as happens on samples of a few values, the rounding that nobody can avoid stands in: one of
+the result's dtype, and for float32, in which the sums are carried too, two.
 """
 
 from collections.abc import Callable, Iterable
