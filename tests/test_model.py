@@ -389,6 +389,17 @@ def test_positions_resize_from_the_grid_that_was_saved(tmp_path: Any) -> None:
     )
 
 
+def test_positions_replaced_by_hand_are_a_square() -> None:
+    small, large = build(), build(img_size=48)
+    state = small.state_dict()
+    state["pos_embed"] = large.pos_embed.detach()  # the grid that was saved with it is another
+    large.load_state_dict(state)
+    assert torch.equal(large.pos_embed, state["pos_embed"])
+    wide = build(img_size=(16, 64))
+    wide.load_state_dict(state)
+    assert torch.equal(wide.pos_embed, resample_pos_embed(large.pos_embed, (2, 8), (6, 6), 1))
+
+
 def test_positions_that_fit_no_grid_are_refused_and_nothing_is_loaded() -> None:
     model, other = build(), build(img_size=(24, 40))
     before = copy.deepcopy(model.state_dict())

@@ -658,6 +658,8 @@ class ViT(nn.Module):
             side = math.isqrt(max(patches, 0))
             guess = grid if math.prod(grid) == patches else (side, side)
             old_grid = local_metadata.get("grid_size", guess)
+            if math.prod(old_grid) != patches:  # resized by hand since it was saved
+                old_grid = guess
             if patches < 1 or math.prod(old_grid) != patches:
                 raise ValueError(
                     f"{key} is {list(given.shape)}, expected {list(self.pos_embed.shape)}: without "
@@ -683,8 +685,8 @@ class ViT(nn.Module):
         config = replace(self.config, num_classes=num_classes, global_pool=pool, fc_norm=after)
         if pool == "map" and self.attn_pool is None:
             raise ValueError("global_pool='map' can't be added later: build the model with it")
-        weight = self.patch_embed.proj.weight
-        head = self._head(config.num_classes, {"device": weight.device, "dtype": weight.dtype})
+        like = next(self.parameters())
+        head = self._head(config.num_classes, {"device": like.device, "dtype": like.dtype})
         if pool != "map":
             self.attn_pool = None
         self.config, self.head = config, head.train(self.training)
