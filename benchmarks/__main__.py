@@ -40,6 +40,15 @@ def parser() -> argparse.ArgumentParser:
     sanitize.add_argument("--op", nargs="+", help="these ops only (default: all)")
     sanitize.add_argument("--no-symbolic", action="store_true", help="leave triton-viz out")
 
+    cpu = commands.add_parser(
+        "cpu",
+        help="vitkern.ViT against timm on this CPU, as ratios of neighbouring calls",
+        description="Time vitkern.ViT and timm's eager model in turns: median of the pairs' "
+        "ratios, with quartiles and an A/A control.",
+    )
+    cpu.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here")
+    cpu.add_argument("--seconds", type=float, default=4, help="a ratio, default: %(default)s")
+
     gpu = commands.add_parser(
         "gpu",
         help="everything that needs an NVIDIA GPU: tests, parity, times",
@@ -77,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             symbolic = not options.no_symbolic and find_spec("triton_viz") is not None
             return _sanitize.main(choose_ops(options.op), symbolic)
+        if options.command == "cpu":
+            from . import _cpu
+
+            return _cpu.main(options.json, options.seconds)
         if options.command == "gpu":
             import torch
 

@@ -289,11 +289,13 @@ def model_times(
     checked: list[tuple[Setting, set[str]]],
     batches: tuple[int, ...],
     timer: Timer,
+    ceilings: Ceilings,
 ) -> None:
     """Time forward and training step of what passed; compiled models are checked here first."""
     device = timer.device
     for setting, good in checked:
         models = setting.models(device)
+        flops = _models.forward_flops(models["vitkern"])
         for impl, model in models.items():
             call: Callable[..., Tensor] = model
             allowed = {impl} & good
@@ -316,6 +318,7 @@ def model_times(
                     "train": _train(model, call, images, labels, setting.precision),
                 }
                 for what, step in steps.items():
+                    passes = 3 if what == "train" else 1
                     if clock.left(stage) < 0:
                         report.add("cut off", what=f"{stage}: {setting.name} {impl} b{size} {what}")
                         return
@@ -335,6 +338,8 @@ def model_times(
                         seconds=vars(first),
                         a_a=again.median / first.median,
                         images_per_s=size / first.median,
+                        # MFU against the product measured in this run, not the datasheet.
+                        of_matmul=size * passes * flops / first.median / ceilings.flops_per_s,
                     )
             model.zero_grad(set_to_none=True)
         del models
@@ -398,14 +403,14 @@ def summary(report: Report) -> str:
                     for name, r in rows.items()
                     if name.split(" ")[0] != mine and impl.split(" ")[0] == mine
                 ]
-                roof = max(row["of_copy"], row["of_matmul"]) if kind == "op time" else None
+                roof = max(row.get("of_copy", 0), row["of_matmul"])
                 lines.append(
                     (
                         key,
                         impl,
                         f"{stats:.4g}",
                         f"{row['a_a']:.3f}",
-                        "-" if roof is None else f"{roof:.0%}",
+                        f"{roof:.0%}",
                         f"{min(others) / row['seconds']['median']:.2f}" if others else "-",
                     )
                 )
@@ -441,8 +446,8 @@ def main(minutes: float, folder: Path, device: torch.device) -> int:
         ceilings = Ceilings.measure(timer)
         report.add("ceilings", **ceilings.as_dict())
         op_times(report, clock, "op times", todo, timer, ceilings, ops)
-        model_times(report, clock, "model times", models, batches, timer)
-        model_times(report, clock, "compiled model times", models, batches, timer)
+        model_times(report, clock, "model times", models, batches, timer, ceilings)
+        model_times(report, clock, "compiled model times", models, batches, timer, ceilings)
         first = all_cases(size, dtypes[:1])  # the dtype that models run in
         op_times(report, clock, "compiled op times", first, timer, ceilings, ops)
     finally:

@@ -74,6 +74,17 @@ def classes(model: nn.Module) -> tuple[int, int]:
     return config.img_size[0], config.num_classes
 
 
+def forward_flops(model: nn.Module) -> int:
+    """FLOPs an image of a vitkern model's matrix products; training has three times these."""
+    c = model.config
+    assert isinstance(c, vitkern.ViTConfig)
+    dim, patches = c.embed_dim, c.grid_size[0] * c.grid_size[1]
+    tokens = patches + c.num_prefix_tokens
+    layer = 2 * tokens * dim * (4 * dim + 2 * c.hidden_dim) + 4 * tokens**2 * dim
+    embed = 2 * patches * dim * c.in_chans * c.patch_size[0] * c.patch_size[1]
+    return c.depth * layer + embed + 2 * dim * c.num_classes
+
+
 def batch(
     model: nn.Module, size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

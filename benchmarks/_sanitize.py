@@ -376,6 +376,7 @@ def main(ops: list[Op], symbolic: bool) -> int:
 
     if not INTERPRET:
         raise ValueError("TRITON_INTERPRET must be 1 before vitkern is imported")
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
     ops = [op for op in ops if op.launcher is not None]
     offenders, seen = exact_pass(ops)
     if symbolic:  # second, because triton-viz rewrites kernels in a way that only its own runs take

@@ -1,0 +1,310 @@
+"""The gates fail when they should: each is shown a kernel or a result that is wrong on purpose."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import _gpu, _offline, _sanitize
+from benchmarks.__main__ import main
+from benchmarks._cases import Case
+from benchmarks._measure import Stats, Timer, parity, repeats
+from vitkern.kernels import REGISTRY
+from vitkern.kernels._launch import launch
+from vitkern.kernels._op import Sample
+from vitkern.kernels._triton import INTERPRET, TRITON_MISSING, jit, tl
+
+LAYER_NORM = REGISTRY["layer_norm"]
+interpreted = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+
+GOOD_ROW: _offline.Row = {
+    "arch": 90,
+    "num_warps": 4,
+    "spill_bytes": 0,
+    "local_loads": 0,
+    "local_stores": 0,
+    "shared_bytes": 65_536,
+    "tensor_core": {"HGMMA": 8},
+    "dots": [{"m": 64, "n": 64, "k": 32, "operand": "bf16", "precision": "tf32"}],
+}
+
+
+def row(**changes: Any) -> _offline.Row:
+    return {**GOOD_ROW, **changes}
+
+
+def dot(**changes: Any) -> list[_offline.Row]:
+    return [{**GOOD_ROW["dots"][0], **changes}]
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        row(),
+        row(arch=80, tensor_core={"HMMA": 16}),
+        row(shared_bytes=232_448),
+        row(tensor_core={}, dots=[]),
+        row(tensor_core={}, dots=dot(operand="f32", precision="ieee")),
+        row(tensor_core={"HMMA": 4}, dots=dot(m=32)),
+        row(tensor_core={"HMMA": 4}, num_warps=2),
+    ],
+)
+def test_the_judge_passes(good: _offline.Row) -> None:
+    assert _offline.judge(good) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (row(spill_bytes=24, local_stores=6, local_loads=5), "spills 24 bytes"),
+        (row(shared_bytes=232_449), "shared memory 232,449 bytes, sm_90 has 232,448"),
+        (row(arch=80, tensor_core={"HMMA": 1}, shared_bytes=166_913), "sm_80 has 166,912"),
+        (row(arch=86, tensor_core={"HMMA": 1}, shared_bytes=101_377), "sm_86 has 101,376"),
+        (row(arch=80, tensor_core={}), "without tensor-core instructions"),
+        (row(tensor_core={}, dots=dot(operand="f32")), "without tensor-core instructions"),
+        (row(tensor_core={"HMMA": 64}), "64 rows without HGMMA"),
+        ({"error": "CompilationError: no"}, "does not compile"),
+    ],
+)
+def test_the_judge_fails(bad: _offline.Row, text: str) -> None:
+    (problem,) = _offline.judge(bad)
+    assert text in problem
+
+
+# Compiled in a process of its own: in this one kernels are interpreted.
+KERNELS = '''
+import json, sys
+from types import SimpleNamespace
+import torch
+from benchmarks import _offline
+from benchmarks._cases import Case
+from vitkern.kernels._launch import Launch
+from vitkern.kernels._op import Sample
+from vitkern.kernels._triton import jit, tl
+
+
+@jit
+def spilling(x, N: tl.constexpr):
+    """Holds N squared values in 32 lanes, over a barrier that no compiler moves them across."""
+    i = tl.arange(0, N)
+    value = tl.load(x + i[:, None] * N + i[None, :])
+    total = tl.sum(tl.sum(value, 1), 0)
+    tl.store(x + i[:, None] * N + i[None, :], value / total)
+
+
+@jit
+def product(x, PRECISION: tl.constexpr):
+    i = tl.arange(0, 64)
+    tile = x + i[:, None] * 64 + i[None, :]
+    a = tl.load(tile)
+    tl.store(tile, tl.dot(a, a, input_precision=PRECISION).to(a.dtype))
+
+
+rows = []
+for arch in (80, 90):
+    for kernel, dtype, constexprs, warps in (
+        (spilling, torch.float32, {"N": 128}, 1),
+        (product, torch.bfloat16, {"PRECISION": "tf32"}, 4),
+        (product, torch.float32, {"PRECISION": "ieee"}, 4),
+    ):
+        case = Case(SimpleNamespace(name="made up"), "tiny", Sample("-", {}), dtype)
+        x = torch.empty(128, 128, dtype=dtype, device="meta")
+        launch = Launch(kernel, (1,), (x,), constexprs, warps, 2)
+        rows.append(_offline.compile_job(_offline.make_job(case, launch, arch)))
+print(json.dumps(rows))
+'''
+
+
+@pytest.mark.skipif(TRITON_MISSING is not None, reason=str(TRITON_MISSING))
+def test_a_spill_shows_and_tensor_cores_are_counted(tmp_path: Path) -> None:
+    script = tmp_path / "kernels_to_compile.py"
+    script.write_text(KERNELS)
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for spilling, product, exact in zip(*[iter(json.loads(done.stdout))] * 3, strict=True):
+        assert "spills" in _offline.judge(spilling)[0]
+        assert spilling["local_stores"] > 0
+        assert list(product["tensor_core"]) == ["HMMA" if product["arch"] == 80 else "HGMMA"]
+        assert product["dots"] == [
+            {"m": 64, "n": 64, "k": 64, "operand": "bf16", "precision": "tf32"}
+        ]
+        assert exact["tensor_core"] == {}
+        assert exact["dots"][0]["precision"] == "ieee"
+        assert _offline.judge(product) == []
+        assert not any("tensor-core" in problem for problem in _offline.judge(exact))
+
+
+@jit
+def unmasked_copy(x, out, N, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + offsets)
+    tl.store(out + offsets, value, mask=offsets < N)
+
+
+@jit
+def copy_of_the_first_programs(x, out, N, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < N
+    tl.store(out + offsets, tl.load(x + offsets, mask=mask), mask=mask)
+
+
+def run_copy(kernel: Any, x: Tensor, programs: int = 1, block: int = 8) -> Tensor:
+    out = torch.empty(x.shape)
+    launch(kernel, (programs,), x, out, x.numel(), BLOCK=block)
+    return out
+
+
+@interpreted
+def test_a_missing_mask_is_caught_at_its_line() -> None:
+    _, trace = _sanitize.run_exactly(lambda: run_copy(unmasked_copy, torch.ones(5)))
+    (problem,) = trace.problems
+    assert "unmasked_copy: 3 of 8 lanes of a load are out of bounds in program (0, 0, 0)" in problem
+    assert problem.endswith("value = tl.load(x + offsets)")
+    assert "test_gates.py" in problem
+
+
+@interpreted
+def test_the_gaps_of_a_view_are_out_of_bounds() -> None:
+    _, trace = _sanitize.run_exactly(lambda: run_copy(unmasked_copy, torch.ones(8, 2)[:, 0]))
+    assert "4 of 8 lanes of a load" in trace.problems[0]
+    _, trace = _sanitize.run_exactly(lambda: run_copy(unmasked_copy, torch.ones(8)))
+    assert trace.problems == []
+
+
+@interpreted
+def test_outputs_are_written_once() -> None:
+    x = torch.ones(8)
+    for programs, block, text in (
+        (1, 8, None),
+        (2, 8, "32 bytes 2 times"),
+        (1, 4, "16 bytes 0 times, 16 bytes 1 times"),
+    ):
+        out, trace = _sanitize.run_exactly(
+            lambda: run_copy(copy_of_the_first_programs, x, programs, block)  # noqa: B023
+        )
+        problems = _sanitize.check_writes([out], trace)
+        assert (text is None and problems == []) or text in problems[0]
+    unwritten, trace = _sanitize.run_exactly(lambda: torch.empty(3))
+    assert "never written" in _sanitize.check_writes([unwritten], trace)[0]
+
+
+@interpreted
+@pytest.mark.parametrize(("declared", "right"), [(64, True), (63, False), (65, False)])
+def test_the_declaration_is_held_against_the_traffic(declared: int, right: bool) -> None:
+    x = torch.ones(8)
+    op = SimpleNamespace(name="copy", bytes_moved=lambda x: declared)
+    case = Case(op, "tiny", Sample("-", {}), torch.float32)
+    out, trace = _sanitize.run_exactly(lambda: run_copy(unmasked_copy, x))
+    traffic = _sanitize.measure_traffic(case, {"x": x}, [out], trace)
+    assert (traffic.distinct, traffic.requested, traffic.scratch) == (64, 64, 0)
+    assert (traffic.problem is None) == right
+
+
+@interpreted
+def test_a_missing_mask_is_caught_symbolically() -> None:
+    pytest.importorskip("triton_viz", reason="triton-viz is not installed")
+    found, refused = _sanitize.check_symbolically(lambda: run_copy(unmasked_copy, torch.ones(5)))
+    assert refused == []
+    assert "tl.load(x + offsets)" in found[0]
+
+
+@interpreted
+def test_sanitize_passes_and_fails_as_a_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    small = replace(LAYER_NORM, samples=lambda size: list(LAYER_NORM.samples(size))[:1])
+    assert _sanitize.main([small], symbolic=False) == 0
+    assert _sanitize.main([replace(small, bytes_moved=lambda **_: 1)], symbolic=False) == 1
+    assert "FAIL layer_norm [ln" in capsys.readouterr().out
+
+
+def test_gpu_command_rehearsed_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, **options: Any) -> Tensor:
+        return LAYER_NORM.portable(x, **options) * 1.01
+
+    def few(size: str) -> list[Sample]:
+        return list(LAYER_NORM.samples(size))[:2]
+
+    ops = {
+        "layer_norm": replace(LAYER_NORM, samples=few),
+        "wrong": replace(LAYER_NORM, name="wrong", samples=few, call=wrong),
+    }
+    monkeypatch.setattr(_gpu, "REGISTRY", ops)
+    assert _gpu.main(1.0, tmp_path, torch.device("cpu")) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "environment.json",
+        "results.jsonl",
+        "summary.md",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    failed = {(r["case"], r["impl"]) for r in rows if r["kind"] == "op parity" and not r["ok"]}
+    assert {impl for _, impl in failed} == {"triton"}
+    assert all(case.startswith("wrong ") for case, _ in failed)
+    timed = {(r["case"], r["impl"]) for r in rows if r["kind"] == "op time"}
+    assert timed
+    assert not timed & failed
+    kinds = [r["kind"] for r in rows]
+    assert kinds.index("op parity") < kinds.index("model parity") < kinds.index("op time")
+    assert "model time" in kinds
+    assert "FAILED" in (tmp_path / "summary.md").read_text()
+
+
+def test_gpu_command_stops_when_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu, "REGISTRY", {"layer_norm": LAYER_NORM})
+    assert _gpu.main(1e-6, tmp_path, torch.device("cpu")) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {r["kind"] for r in rows} == {"about", "ceilings", "cut off"}
+
+
+def test_parity_has_no_mercy_for_nan_shape_or_dtype() -> None:
+    exact = torch.randn(64, dtype=torch.float64)
+    eager = exact.float()
+    assert parity([eager], [eager], [exact])["ok"]
+    for bad in (eager * torch.nan, eager[:5], eager.double(), eager * 1.00001):
+        assert not parity([bad], [eager], [exact])["ok"]
+
+
+def test_paired_ratio_of_equal_calls_is_one() -> None:
+    calls: list[str] = []
+    timer = Timer(torch.device("cpu"))
+    timer.samples = lambda call, n: [(call(), 1.0)[1]] * n  # type: ignore[method-assign]
+    ratio = timer.paired(lambda: calls.append("a"), lambda: calls.append("b"), seconds=20)
+    assert ratio == Stats(1.0, 1.0, 1.0, 10)
+    assert "".join(calls[-8:]) == "abbaabba"
+    assert repeats(1.0, 0.1, 5, 200) == 5
+    assert repeats(1e-9, 1.0, 5, 200) == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["offline", "--arch", "75"], "--arch: 75 is not known; expected some of 80"),
+        (["offline", "--op", "nothing"], "--op: unknown op 'nothing'"),
+        (["gpu", "--minutes", "0", "--device", "cpu"], "--minutes: must be above 0"),
+        (["cpu", "--seconds", "-1"], "--seconds: must be above 0"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_command_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA GPU here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
