@@ -1,6 +1,6 @@
 """Which calls are looked at: every op in REGISTRY, its samples, and the dtypes its kernels take."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def launches(case: Case, capability: tuple[int, int]) -> list[Launch]:
     return seen
 
 
-def columns(lines: list[tuple[str, ...]]) -> str:
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
     """A plain-text table; the first line is the head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -319,7 +319,9 @@ def exact_pass(ops: list[Op]) -> tuple[list[str], set[str]]:
     """Check every op exactly, print the traffic table; (problems, kernels that ran)."""
     offenders: list[str] = []
     seen: set[str] = set()
-    lines = [("op", "calls", "kernels", "requested", "distinct", "aten", "scratch")]
+    lines: list[tuple[str, ...]] = [
+        ("op", "calls", "kernels", "requested", "distinct", "aten", "scratch")
+    ]
     for op in ops:
         traffics: list[Traffic] = []
         kernels: set[str] = set()
