@@ -27,6 +27,8 @@ test: lint .venv-sanitize/made  ## all checks that need no GPU: lint, tests, off
 		$(RUN) benchmarks offline --arch 80 90 --json build/offline.json)
 	$(call step,the same with Triton 3.6,\
 		$(SANITIZE) benchmarks offline --arch 80 90 --json build/offline-triton36.json)
+	$(call step,the memory-safety gate finds a missing mask,\
+		$(SANITIZE) pytest -q tests/test_gates.py -k symbolically)
 	$(call step,no kernel leaves its tensors,$(SANITIZE) benchmarks sanitize)
 	@printf '\nall checks passed\n'
 
