@@ -1,7 +1,7 @@
 """``python -m vitkern COMMAND``: the command line.
 
-A command is a function below, listed once in COMMANDS. What it needs beyond torch it imports itself,
-so that the others run without it.
+A command is a function below, listed once in COMMANDS. It imports what it needs beyond torch by
+itself, so that the others run without it.
 """
 
 import argparse
