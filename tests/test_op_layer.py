@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vitkern.kernels import REGISTRY, layer_norm
-from vitkern.kernels._launch import cdiv, intercept, next_power_of_2
+from vitkern.kernels._launch import Launch, cdiv, intercept, next_power_of_2
 from vitkern.kernels._op import choose, record_choices
 
 LAYER_NORM = REGISTRY["layer_norm"]
@@ -62,7 +62,7 @@ def test_backward_ops_are_listed_beside_their_forward() -> None:
 
 
 def test_intercepted_launches_never_run() -> None:
-    launches = []
+    launches: list[Launch] = []
     x, weight = torch.zeros(3, 8, device="meta"), torch.ones(8, device="meta")
     with intercept(launches.append, capability=(9, 0)):
         y = LAYER_NORM.launcher(x, weight, None, 1e-6, False, torch.float16)

@@ -84,7 +84,7 @@ def test_kernel_is_within_the_error_budget(
     arguments = sample.make(kernel_device, dtype)
     if strides != "dense":
         arguments = with_strides(arguments, strides)
-    actual = as_tuple(op.launcher(**arguments))  # type: ignore[misc]
+    actual = as_tuple(op.launcher(**arguments))
     eager = as_tuple(op.portable(**arguments))
     exact = as_tuple(op.reference(**in_float64(arguments)))
     assert_within_budget([f"output {i}" for i in range(len(exact))], actual, eager, exact)
@@ -156,7 +156,7 @@ def test_compiles_to_one_graph_with_its_gradient(
 @pytest.mark.parametrize(("op", "sample"), KERNEL_SAMPLES, ids=name)
 def test_equal_inputs_give_equal_bits(op: Op, sample: Sample, kernel_device: str) -> None:
     arguments = sample.make(kernel_device, torch.float32)
-    first, second = (as_tuple(op.launcher(**arguments)) for _ in range(2))  # type: ignore[misc]
+    first, second = (as_tuple(op.launcher(**arguments)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -166,7 +166,7 @@ def test_grids_use_the_axis_without_a_limit(op: Op, sample: Sample) -> None:
     grids: list[tuple[int, ...]] = []
     arguments = {k: on_meta(v) for k, v in sample.make("cpu", torch.float32).items()}
     with intercept(lambda launch: grids.append(launch.grid)):
-        op.launcher(**arguments)  # type: ignore[misc]
+        op.launcher(**arguments)
     assert all(len(grid) == 1 and grid[0] > 0 for grid in grids)
 
 

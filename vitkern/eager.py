@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkern.config import ViTConfig
-from vitkern.model import DropPath, LayerScale
+from vitkern.layers import DropPath, LayerScale
 
 # Fields that may differ from their defaults; everything else is not built here.
 _FREE = (

@@ -12,179 +12,28 @@ The model never asks what device it is on; an op does.
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from vitkern import kernels as ops
 from vitkern.config import POOLS, WEIGHT_INITS, ViTConfig, check_arguments
-from vitkern.kernels._op import autocast_dtype
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
-    """Whether calling `module` does just what its class says, so that a fused op may stand in."""
-    return type(module) in classes and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or torch_module._has_any_global_hook()
-    )
-
-
-class _Norm:
-    """What the two norms add to PyTorch's: the op, and the dtype of its result.
-
-    feeds_product: a linear layer follows, so under autocast the result has its dtype at once.
-    recast: the residual stream has a dtype of its own (`residual_dtype`), and it ends here.
-    """
-
-    weight: nn.Parameter
-    bias: Any
-    eps: Any
-    rms = False
-    feeds_product = False
-    recast = False
-    impl = "auto"
-
-    def out_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype to return for `x`."""
-        product = autocast_dtype(x.device) if self.feeds_product else None
-        return product or (self.weight.dtype if self.recast else x.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., D] over the last dimension."""
-        options: dict[str, Any] = {"out_dtype": self.out_dtype(x), "impl": self.impl}
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, rms=self.rms, **options)
-
-
-class LayerNorm(_Norm, nn.LayerNorm):
-    """LayerNorm over the last dimension, by the op `layer_norm`."""
-
-    def __init__(self, dim: int, eps: float = 1e-6, **dd: Any) -> None:
-        super().__init__(dim, eps, **dd)
-
-
-class RmsNorm(_Norm, nn.RMSNorm):
-    """RMSNorm over the last dimension, by the op `layer_norm`."""
-
-    rms = True
-    bias = None
-
-    def __init__(self, dim: int, eps: float = 1e-6, **dd: Any) -> None:
-        super().__init__(dim, eps, **dd)
-
-
-NORMS: tuple[type[Any], ...] = (LayerNorm, RmsNorm)
-
-
-def make_norm(
-    config: ViTConfig, dim: int, *, product: bool = False, recast: bool = True, **dd: Any
-) -> LayerNorm | RmsNorm:
-    """The norm that the config names, `dim` wide."""
-    kind, eps = config.norm_layer
-    norm = (RmsNorm if kind == "rmsnorm" else LayerNorm)(dim, eps, **dd)
-    norm.feeds_product = product
-    norm.recast = recast and config.residual_dtype is not None
-    norm.impl = config.implementations["layer_norm"]
-    return norm
-
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
-        return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-}
-
-
-def activation_name(act: nn.Module) -> str | None:
-    """The name by which `linear_act` knows this module; None where it has to be called."""
-    if plain(act, nn.GELU):
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    for name in ("quick_gelu", "relu", "silu"):
-        if plain(act, ACTIVATIONS[name]):  # type: ignore[arg-type]
-            return name
-    return None
-
-
-class LayerScale(nn.Module):
-    """A learned gain [D] on a residual branch."""
-
-    def __init__(self, dim: int, init_values: float = 1e-5, **dd: Any) -> None:
-        super().__init__()
-        self.init_values = init_values
-        self.gamma = nn.Parameter(torch.full((dim,), init_values, **dd))
-
-    def reset_parameters(self) -> None:
-        """All gains start at `init_values`."""
-        nn.init.constant_(self.gamma, self.init_values)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] times the gain."""
-        return x * self.gamma
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a sample's whole branch and scale up the rest."""
-
-    def __init__(self, drop_prob: float = 0.0) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def factor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Factor a sample [B], 0 or 1 / keep, in the dtype of `x` or `dtype`; None to drop nothing.
-
-        Drawn as timm draws it, so that one seed drops the same samples in both.
-        """
-        if not (self.training and self.drop_prob):
-            return None
-        keep = 1 - self.drop_prob
-        kept = x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep)
-        return kept / keep if keep > 0 else kept
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] with samples dropped."""
-        factor = self.factor(x)
-        return x if factor is None else x * factor.view(-1, *[1] * (x.dim() - 1))
-
-    def extra_repr(self) -> str:
-        """The rate."""
-        return f"drop_prob={self.drop_prob:.3f}"
-
-
-def branch_scales(
-    branch: Tensor, ls: nn.Module, drop_path: nn.Module
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(branch, layer_scale, drop_scale): the last two for a fused op, the branch after the rest."""
-    gamma, dtype = None, branch.dtype
-    if plain(ls, LayerScale) and plain(drop_path, DropPath, nn.Identity):
-        gamma = ls.gamma
-        dtype = torch.promote_types(dtype, gamma.dtype)  # DropPath would see their product
-    else:
-        branch = ls(branch)
-    if plain(drop_path, DropPath):
-        return branch, gamma, drop_path.factor(branch, dtype)
-    return drop_path(branch), gamma, None
+from vitkern.layers import (
+    ACTIVATIONS,
+    NORMS,
+    DropPath,
+    LayerScale,
+    activation_name,
+    branch_scales,
+    make_norm,
+    plain,
+)
+from vitkern.weights import draw_weights, fit_pos_embed, resample_pos_embed
 
 
 class PatchEmbed(nn.Module):
@@ -290,21 +139,6 @@ def assemble(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) ->
     if prefix is not None:
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], 1)
     return tokens if pos_embed is None else tokens + pos_embed
-
-
-def resample_pos_embed(
-    pos_embed: Tensor, new_grid: tuple[int, int], old_grid: tuple[int, int], prefix_tokens: int
-) -> Tensor:
-    """Position embeddings [1, T + N, D] for another grid: bicubic with antialias, the T kept.
-
-    As timm does it (`resample_abs_pos_embed`); computed in float32.
-    """
-    if tuple(new_grid) == tuple(old_grid):
-        return pos_embed
-    kept, grid = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
-    grid = grid.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
-    return torch.cat([kept, grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], 1)
 
 
 class Attention(nn.Module):
@@ -607,7 +441,6 @@ class ViT(nn.Module):
 
     # Weights
 
-    @torch.no_grad()
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Draw all weights anew, by one of timm's schemes (`weight_init`).
 
@@ -616,30 +449,7 @@ class ViT(nn.Module):
         mode = mode or self.config.weight_init
         if mode not in WEIGHT_INITS:
             raise ValueError(f"mode must be one of {WEIGHT_INITS}, got {mode!r}")
-        reset_only = mode in ("reset", "skip")
-        head_bias = -math.log(self.num_classes) if mode == "jax_nlhb" and self.num_classes else 0.0
-        if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for token in (self.cls_token, self.reg_token):
-            if token is not None:
-                nn.init.normal_(token, std=1e-6)
-        # Children before parents: an MLP's or a pool's own start overrides that of its layers.
-        for name, module in reversed(list(self.named_modules())[1:]):
-            if not reset_only and isinstance(module, nn.Linear):
-                _init_linear(module, name, mode, head_bias)
-            elif mode.startswith("jax") and isinstance(module, nn.Conv2d):
-                std = module.weight[0].numel() ** -0.5 / 0.87962566103423978  # of the cut normal
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif not reset_only and hasattr(module, "init_weights"):
-                module.init_weights()
-            elif needs_reset and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        if self.config.fix_init:
-            for name, parameter in self.blocks.named_parameters():
-                if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
-                    parameter.div_(math.sqrt(2 * (int(name.partition(".")[0]) + 1)))
+        draw_weights(self, mode, needs_reset)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # The grid, so that positions of a rectangular image can be resampled by whoever loads them.
@@ -654,18 +464,8 @@ class ViT(nn.Module):
         key, grid, kept = prefix + "pos_embed", self.config.grid_size, self.config.num_pos_prefix
         given = state_dict.get(key)
         if self.pos_embed is not None and given is not None and given.dim() == 3:
-            patches = given.shape[1] - kept
-            side = math.isqrt(max(patches, 0))
-            guess = grid if math.prod(grid) == patches else (side, side)
-            old_grid = local_metadata.get("grid_size", guess)
-            if math.prod(old_grid) != patches:  # resized by hand since it was saved
-                old_grid = guess
-            if patches < 1 or math.prod(old_grid) != patches:
-                raise ValueError(
-                    f"{key} is {list(given.shape)}, expected {list(self.pos_embed.shape)}: without "
-                    f"{kept} prefix tokens its {patches} positions are no grid to resample from"
-                )
-            state_dict[key] = resample_pos_embed(given, grid, old_grid, kept)
+            old_grid = local_metadata.get("grid_size")
+            state_dict[key] = fit_pos_embed(key, given, grid, old_grid, kept)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     # timm's interface for training scripts
@@ -706,25 +506,6 @@ class ViT(nn.Module):
             "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
-
-
-def _init_linear(layer: nn.Linear, name: str, mode: str, head_bias: float) -> None:
-    """Start of a linear layer under timm's schemes; `name` is its place in the model."""
-    weight, bias = layer.weight, layer.bias
-    if bias is not None:
-        nn.init.zeros_(bias)
-    if not mode:
-        nn.init.trunc_normal_(weight, std=0.02)
-    elif mode == "moco" and "qkv" in name:  # three matrices in one
-        bound = math.sqrt(6 / (weight.shape[0] // 3 + weight.shape[1]))
-        nn.init.uniform_(weight, -bound, bound)
-    elif mode.startswith("jax") and name.startswith("head"):
-        nn.init.zeros_(weight)
-        nn.init.constant_(bias, head_bias)
-    else:
-        nn.init.xavier_uniform_(weight)
-        if mode.startswith("jax") and "mlp" in name and bias is not None:
-            nn.init.normal_(bias, std=1e-6)
 
 
 def _signature() -> inspect.Signature:

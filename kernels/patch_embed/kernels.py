@@ -1,5 +1,8 @@
 """The Triton kernels of patch_embed: one forward, one for each gradient."""
 
+# Triton has no types to give its kernels:
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from .._triton import jit, tl
 
 

@@ -40,12 +40,14 @@ def forward_config(
     sms: int,
 ) -> TileConfig:
     """Tiles of the projection [tokens, K] x [K, width]."""
-    if dtype == torch.float32:  # FMA units or TF32: small tiles, the operands are twice as wide
+    # Bytes pass through registers on their way to the product: small tiles of them, or they spill.
+    if dtype == torch.float32:  # FMA units or TF32; the operands are twice as wide
+        if as_bytes:
+            return TileConfig(64, fit(32, width), 16, 8, 3)
         return TileConfig(64, fit(64, width), 32, 8, 3)
     if cdiv(tokens, 128) * cdiv(width, 128) < 2 * sms:  # few images: more, smaller programs
-        # Bytes pass through registers on their way: half the depth, or they spill.
         return TileConfig(64, fit(64, width), 32 if as_bytes else 64, 4, 4)
-    if target >= (9, 0):  # one warpgroup a 64-row half; 2 x 48 KiB a stage keeps wgmma fed
+    if target >= (9, 0):  # a warpgroup for each 64 rows, four stages of 32 KiB to keep both fed
         return TileConfig(128, fit(128, width), 64, 8, 4)
     return TileConfig(128, fit(128, width), 32, 8, 4)
 
@@ -61,7 +63,7 @@ def image_grad_config(length: int, dtype: torch.dtype) -> TileConfig:
     """Tiles of [tokens, D] x [D, K]; block_n is the step over D."""
     if dtype == torch.float32:
         return TileConfig(64, 32, fit(64, length), 8, 2)
-    return TileConfig(128, 64, fit(64, length), 8, 3)  # 4 warps spill on the scattered addresses
+    return TileConfig(64, 64, fit(64, length), 8, 3)  # scattered addresses: larger tiles spill
 
 
 def weight_matrix(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

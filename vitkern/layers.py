@@ -1,0 +1,171 @@
+"""Small parts of a ViT: norms, activations, LayerScale, DropPath; and when an op may fuse them."""
+
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from vitkern import kernels as ops
+from vitkern.config import ViTConfig
+from vitkern.kernels._op import autocast_dtype
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
+    """Whether calling `module` does just what its class says, so that a fused op may stand in."""
+    return type(module) in classes and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
+    )
+
+
+class _Norm:
+    """What the two norms add to PyTorch's: the op, and the dtype of its result.
+
+    feeds_product: a linear layer follows, so under autocast the result has its dtype at once.
+    recast: the residual stream has a dtype of its own (`residual_dtype`), and it ends here.
+    """
+
+    weight: nn.Parameter
+    bias: Any
+    eps: Any
+    rms = False
+    feeds_product = False
+    recast = False
+    impl = "auto"
+
+    def out_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype to return for `x`."""
+        product = autocast_dtype(x.device) if self.feeds_product else None
+        return product or (self.weight.dtype if self.recast else x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., D] over the last dimension."""
+        options: dict[str, Any] = {"out_dtype": self.out_dtype(x), "impl": self.impl}
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, rms=self.rms, **options)
+
+
+class LayerNorm(_Norm, nn.LayerNorm):
+    """LayerNorm over the last dimension, by the op `layer_norm`."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, **dd: Any) -> None:
+        super().__init__(dim, eps, **dd)
+
+
+class RmsNorm(_Norm, nn.RMSNorm):
+    """RMSNorm over the last dimension, by the op `layer_norm`."""
+
+    rms = True
+    bias = None
+
+    def __init__(self, dim: int, eps: float = 1e-6, **dd: Any) -> None:
+        super().__init__(dim, eps, **dd)
+
+
+NORMS: tuple[type[Any], ...] = (LayerNorm, RmsNorm)
+
+
+def make_norm(
+    config: ViTConfig, dim: int, *, product: bool = False, recast: bool = True, **dd: Any
+) -> LayerNorm | RmsNorm:
+    """The norm that the config names, `dim` wide."""
+    kind, eps = config.norm_layer
+    norm = (RmsNorm if kind == "rmsnorm" else LayerNorm)(dim, eps, **dd)
+    norm.feeds_product = product
+    norm.recast = recast and config.residual_dtype is not None
+    norm.impl = config.implementations["layer_norm"]
+    return norm
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The name by which `linear_act` knows this module; None where it has to be called."""
+    if plain(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    for name in ("quick_gelu", "relu", "silu"):
+        if plain(act, ACTIVATIONS[name]):  # type: ignore[arg-type]
+            return name
+    return None
+
+
+class LayerScale(nn.Module):
+    """A learned gain [D] on a residual branch."""
+
+    def __init__(self, dim: int, init_values: float = 1e-5, **dd: Any) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.gamma = nn.Parameter(torch.full((dim,), init_values, **dd))
+
+    def reset_parameters(self) -> None:
+        """All gains start at `init_values`."""
+        nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] times the gain."""
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop a sample's whole branch and scale up the rest."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def factor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Factor a sample [B], 0 or 1 / keep, in the dtype of `x` or `dtype`; None to drop nothing.
+
+        Drawn as timm draws it, so that one seed drops the same samples in both.
+        """
+        if not (self.training and self.drop_prob):
+            return None
+        keep = 1 - self.drop_prob
+        kept = x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep)
+        return kept / keep if keep > 0 else kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] with samples dropped."""
+        factor = self.factor(x)
+        return x if factor is None else x * factor.view(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"drop_prob={self.drop_prob:.3f}"
+
+
+def branch_scales(
+    branch: Tensor, ls: nn.Module, drop_path: nn.Module
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(branch, layer_scale, drop_scale): the last two for a fused op, the branch after the rest."""
+    gamma, dtype = None, branch.dtype
+    if plain(ls, LayerScale) and plain(drop_path, DropPath, nn.Identity):
+        gamma = ls.gamma
+        dtype = torch.promote_types(dtype, gamma.dtype)  # DropPath would see their product
+    else:
+        branch = ls(branch)
+    if plain(drop_path, DropPath):
+        return branch, gamma, drop_path.factor(branch, dtype)
+    return drop_path(branch), gamma, None
