@@ -174,11 +174,15 @@ def attention(
         TypeError: an argument that is not floating point.
         ValueError: a shape other than above, tensors on several devices, an `impl` that can't run.
     """
-    norm = qk_norm or QKNorm(None, None, None, None)  # type: ignore[arg-type]
-    vectors = norm[:4]
-    check_floating("attention", qkv=qkv, q_weight=norm.q_weight, k_weight=norm.k_weight)
+    vectors: tuple[Tensor | None, ...] = (None, None, None, None)
+    eps, rms = 0.0, False
+    if qk_norm is not None:
+        vectors = (qk_norm.q_weight, qk_norm.q_bias, qk_norm.k_weight, qk_norm.k_bias)
+        eps, rms = qk_norm.eps, qk_norm.rms
     check_shape("attention", "qkv", qkv, "B", "N", 3, "H", "d")
-    for name, vector in zip(QKNorm._fields, vectors, strict=False):
+    named = dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), vectors, strict=True))
+    check_floating("attention", qkv=qkv, **named)
+    for name, vector in named.items():
         check_shape("attention", f"qk_norm.{name}", vector, qkv.shape[4])
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
@@ -186,8 +190,8 @@ def attention(
     unfit = {"reference": "it has no dropout"} if dropout_p else None
     chosen = choose(ATTENTION, impl, qkv, *vectors, unfit=unfit)
     if chosen == "sdpa":
-        return portable(qkv, *vectors, norm.eps, norm.rms, scale, dropout_p)
-    return reference(qkv, *vectors, norm.eps, norm.rms, scale)
+        return portable(qkv, *vectors, eps, rms, scale, dropout_p)
+    return reference(qkv, *vectors, eps, rms, scale)
 
 
 def pool_reference(q: Tensor, kv: Tensor, scale: float) -> Tensor:
