@@ -53,7 +53,7 @@ class Sizes:
     rounds: int  # timed runs of either model
 
 
-FULL = Sizes(60, 0.97, "vit_base_patch16_224", 12, {"cpu": 4, "cuda": 64}, 5)
+FULL = Sizes(60, 0.97, "vit_base_patch16_224", 12, {"cpu": 2, "cuda": 64}, 5)
 QUICK = Sizes(4, 0.50, "vit_tiny_patch16_224", 2, {"cpu": 2, "cuda": 2}, 2)
 
 
@@ -82,7 +82,8 @@ def run(device: torch.device, out: Path, seed: int, sizes: Sizes, epochs: int | 
         f"random weights (seed {seed})"
     )
     photos = load_sample_images().images
-    compared = compare(photos, device, seed, sizes)
+    with console.status("both models, forward and backward"):
+        compared = compare(photos, device, seed, sizes)
     print_comparison(console, compared)
 
     versions = {"vitkern": vitkern.__version__, "torch": torch.__version__}
@@ -300,7 +301,7 @@ def compare(photos: list[Any], device: torch.device, seed: int, sizes: Sizes) ->
     errors = {name: difference(logits[name], oracle) for name in models}
 
     costs: dict[str, Any] = {}
-    for label, work in (("forward", forward), ("training step", step)):
+    for label, work in (("forward", forward), ("training", step)):
         runs = {name: partial(work, name) for name in models}
         times: dict[str, list[float]] = {name: [] for name in models}
         memory = {}
@@ -380,7 +381,13 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    memory = sorted(
+        ((e["ts"], e["args"]) for e in events if e["name"] == "[memory]"),
+        key=lambda event: event[0],
+    )
+    first = memory[0][1]  # the count goes on from one profile to the next
+    before = first["Total Allocated"] - first["Bytes"]
+    return max(state["Total Allocated"] for _, state in memory) - before
 
 
 def print_comparison(console: Console, compared: dict[str, Any]) -> None:
@@ -392,7 +399,7 @@ def print_comparison(console: Console, compared: dict[str, Any]) -> None:
         table.add_column(head, justify="right", no_wrap=True)
     for label, cost in compared["costs"].items():
         spread = [
-            f"{c['median_ms']:,.1f} ({min(c['all_ms']):,.0f}-{max(c['all_ms']):,.0f})"
+            f"{short(c['median_ms'])} ({short(min(c['all_ms']))}-{short(max(c['all_ms']))})"
             for c in (cost[OURS], cost[EAGER])
         ]
         table.add_row(f"{label}, ms", *spread, ratio(cost, "median_ms"))
@@ -408,6 +415,11 @@ def print_comparison(console: Console, compared: dict[str, Any]) -> None:
     console.print(f"implementations:\n{compared['explanation']}", markup=False, soft_wrap=True)
     if "triton" not in compared["implementations"].values():
         console.print("The portable implementations ran: the Triton kernels need an NVIDIA GPU.")
+
+
+def short(number: float) -> str:
+    """Three digits or more."""
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
 
 
 def ratio(cost: dict[str, Any], key: str) -> str:
@@ -460,7 +472,7 @@ def draw_digits(figure: Any, learner: Learner, images: Tensor, labels: Tensor) -
     text = f"Test digits and predictions: {int(wrong.sum())} of {len(wrong)} are wrong, shown first"
     figure.suptitle(text, x=0.01, ha="left", weight="bold")
     for axes, i in zip(figure.subplots(1, len(shown)), shown, strict=True):
-        axes.imshow(images[i, 0], cmap="gray_r")
+        axes.imshow(images[i, 0].numpy(), cmap="gray_r")
         guess, color = f"{learner.predictions[i]}", "0.3"
         if wrong[i]:
             guess, color = f"{guess}, not {labels[i]}", "red"
@@ -482,8 +494,10 @@ def draw_comparison(figure: Any, compared: dict[str, Any], photos: list[Any]) ->
             costs = [cost[model] for cost in compared["costs"].values()]
             places, heights = [i * 0.4, 1 + i * 0.4], [cost[key] for cost in costs]
             bars = axes[name].bar(places, heights, 0.38, label=model, color=COLORS[model])
-            axes[name].bar_label(bars, fmt="{:,.0f}", label_type="center", color="white")
-            if name == "time":
+            if name == "memory":
+                axes[name].bar_label(bars, fmt="{:,.0f}", padding=2)
+            else:
+                axes[name].bar_label(bars, map(short, heights), label_type="center", color="white")
                 low, high = [min(c["all_ms"]) for c in costs], [max(c["all_ms"]) for c in costs]
                 axes[name].vlines(places, low, high, color="0.2")
         axes[name].set(xticks=[0.2, 1.2], xticklabels=list(compared["costs"]), yticks=[])
