@@ -26,13 +26,8 @@ class Case:
         return f"{self.op.name} [{self.sample.label}] {dtype_name(self.dtype)}"
 
     def meta(self) -> dict[str, Any]:
-        """The op's arguments without memory; no values are drawn, so large samples cost nothing."""
-        tensors = {
-            name: None if arg is None else arg.empty("meta", self.dtype)
-            for name, arg in self.sample.args.items()
-        }
-        options = {k: v(self.dtype) if callable(v) else v for k, v in self.sample.options.items()}
-        return {**tensors, **options}
+        """The op's arguments without memory or values, so that large samples cost nothing."""
+        return self.sample.make("meta", self.dtype)
 
 
 def choose_ops(names: Iterable[str] | None) -> list[Op]:

@@ -38,16 +38,12 @@ class Arg:
     offset: float = 0.0
     channels_last: bool = False
 
-    def empty(self, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-        """A tensor of this kind without values, for tools that look at launches on "meta"."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return torch.empty(
-            self.shape, dtype=self.dtype or dtype, device=device, memory_format=layout
-        )
-
     def make(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """A tensor of this kind; the values are drawn on the CPU, so that all devices agree."""
         dtype = self.dtype or dtype
+        if device.type == "meta":  # for tools that look at launches: there are no values to draw
+            layout = torch.channels_last if self.channels_last else torch.contiguous_format
+            return torch.empty(self.shape, dtype=dtype, device=device, memory_format=layout)
         if dtype == torch.uint8:
             value = torch.randint(0, 256, self.shape, generator=generator, dtype=dtype)
         elif dtype == torch.bool:

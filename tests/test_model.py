@@ -468,3 +468,17 @@ def test_public_names() -> None:
     for name in vitkern.__all__:
         value = getattr(vitkern, name)
         assert name == "__version__" or name == "PRESETS" or inspect.getdoc(value)
+
+
+@pytest.mark.parametrize("hooked", ["", "patch_embed", "patch_embed.proj"])
+def test_flips_chosen_samples_on_every_path(hooked: str, images: Tensor) -> None:
+    model = build().eval()
+    if hooked:  # then the fused op steps aside
+        model.get_submodule(hooked).register_forward_hook(lambda *_: None)
+    flip = torch.tensor([True, False, False, True])
+    mirrored = images.clone()
+    mirrored[flip] = images[flip].flip(3)
+    torch.testing.assert_close(model(images, flip=flip), model(mirrored))
+    pixels = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    mirrored = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    torch.testing.assert_close(model(pixels, flip=flip), model(mirrored))

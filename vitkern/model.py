@@ -80,11 +80,15 @@ class PatchEmbed(nn.Module):
         return height // rows, width // columns
 
     def forward(
-        self, images: Tensor, pos_embed: Tensor | None = None, prefix: Tensor | None = None
+        self,
+        images: Tensor,
+        pos_embed: Tensor | None = None,
+        prefix: Tensor | None = None,
+        flip: Tensor | None = None,
     ) -> Tensor:
         """Tokens [B, T + N, D] of images [B, C, H, W], floating point or uint8.
 
-        pos_embed: [N, D] or [T + N, D]. prefix: [T, D], before the patches.
+        pos_embed: [N, D] or [T + N, D]. prefix: [T, D], before the patches. flip: bool [B].
         """
         pixels = images.dtype == torch.uint8
         pad, stream = self.config.dynamic_img_pad, self.config.residual_dtype
@@ -97,10 +101,12 @@ class PatchEmbed(nn.Module):
                 prefix,
                 mean=self.mean if pixels else None,
                 std=self.std if pixels else None,
+                flip=flip,
                 pad=pad,
                 out_dtype=stream,
                 impl=self.impl,
             )
+        images = mirror(images, flip)
         if pixels:
             scale = (-1, 1, 1)
             images = (images / 255 - self.mean.view(scale)) / self.std.view(scale)
@@ -130,6 +136,11 @@ def check_images(images: Tensor, config: ViTConfig) -> Tensor:
     if not fits:
         raise ValueError(f"images must be {expected}, got {list(shape)}")
     return images
+
+
+def mirror(images: Tensor, flip: Tensor | None) -> Tensor:
+    """Images [B, C, H, W] with the samples chosen by `flip` [B] mirrored left to right."""
+    return images if flip is None else torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def assemble(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
@@ -366,16 +377,16 @@ class ViT(nn.Module):
 
     # The forward pass
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, flip: Tensor | None = None) -> Tensor:
         """Tokens [B, T + N, D] with positions and prefix, before the blocks."""
         tokens = [t[0] for t in (self.cls_token, self.reg_token) if t is not None]
         prefix = torch.cat(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
         images = check_images(images, self.config)
         positions = self._positions(images.shape[2:])
         if plain(self.patch_embed, PatchEmbed):
-            x = self.patch_embed(images, positions, prefix)
+            x = self.patch_embed(images, positions, prefix, flip)
         else:
-            x = assemble(self.patch_embed(images), positions, prefix)
+            x = assemble(self.patch_embed(mirror(images, flip)), positions, prefix)
         if self.pos_embed is not None:  # as in timm: no dropout where there are no positions
             x = self.pos_drop(x)
         return self.norm_pre(x)
@@ -391,9 +402,9 @@ class ViT(nn.Module):
             pos_embed = resample_pos_embed(pos_embed, grid, old_grid, self.config.num_pos_prefix)
         return pos_embed[0]
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor, *, flip: Tensor | None = None) -> Tensor:
         """All tokens [B, T + N, D] after the blocks and the norm that stands before the pool."""
-        x = self.embed(images)
+        x = self.embed(images, flip)
         if self.grad_checkpointing and self.training:
             for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
@@ -424,12 +435,13 @@ class ViT(nn.Module):
         x = self.head_drop(self.fc_norm(self.pool(x)))
         return x if pre_logits else self.head(x)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, flip: Tensor | None = None) -> Tensor:
         """Classify images.
 
         Args:
             images: [B, C, H, W], floating point and normalised; or uint8 as [B, C, H, W] or
                 [B, H, W, C] (known by its last dimension), normalised here with `mean` and `std`.
+            flip: bool [B], samples to mirror left to right as they are read, or None.
 
         Returns:
             Logits [B, num_classes]; features [B, D] if num_classes is 0; per token with pool "".
@@ -437,7 +449,7 @@ class ViT(nn.Module):
         Raises:
             ValueError: images of another shape; the text says which is expected.
         """
-        return self.forward_head(self.forward_features(images))
+        return self.forward_head(self.forward_features(images, flip=flip))
 
     # Weights
 
