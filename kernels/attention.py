@@ -174,24 +174,23 @@ def attention(
         TypeError: an argument that is not floating point.
         ValueError: a shape other than above, tensors on several devices, an `impl` that can't run.
     """
-    vectors: tuple[Tensor | None, ...] = (None, None, None, None)
+    q_weight: Tensor | None = None
+    q_bias = k_weight = k_bias = q_weight
     eps, rms = 0.0, False
     if qk_norm is not None:
-        vectors = (qk_norm.q_weight, qk_norm.q_bias, qk_norm.k_weight, qk_norm.k_bias)
-        eps, rms = qk_norm.eps, qk_norm.rms
+        q_weight, q_bias, k_weight, k_bias, eps, rms = qk_norm
     check_shape("attention", "qkv", qkv, "B", "N", 3, "H", "d")
-    named = dict(zip(("q_weight", "q_bias", "k_weight", "k_bias"), vectors, strict=True))
-    check_floating("attention", qkv=qkv, **named)
-    for name, vector in named.items():
+    vectors = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    check_floating("attention", qkv=qkv, **vectors)
+    for name, vector in vectors.items():
         check_shape("attention", f"qk_norm.{name}", vector, qkv.shape[4])
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = qkv.shape[4] ** -0.5 if scale is None else scale
     unfit = {"reference": "it has no dropout"} if dropout_p else None
-    chosen = choose(ATTENTION, impl, qkv, *vectors, unfit=unfit)
-    if chosen == "sdpa":
-        return portable(qkv, *vectors, eps, rms, scale, dropout_p)
-    return reference(qkv, *vectors, eps, rms, scale)
+    chosen = choose(ATTENTION, impl, qkv, *vectors.values(), unfit=unfit)
+    arguments = (qkv, q_weight, q_bias, k_weight, k_bias, eps, rms, scale)
+    return portable(*arguments, dropout_p) if chosen == "sdpa" else reference(*arguments)
 
 
 def pool_reference(q: Tensor, kv: Tensor, scale: float) -> Tensor:
