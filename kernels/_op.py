@@ -294,9 +294,12 @@ def check_shape(op: str, name: str, t: Tensor | None, *expected: int | str) -> N
     """`t` has this shape; a string in `expected` is a dimension of any size, named in the error."""
     if t is None:
         return
-    fits = t.dim() == len(expected) and all(
-        isinstance(e, str) or s == e for s, e in zip(t.shape, expected, strict=False)
+    if len(t.shape) == len(expected):
+        for size, wanted in zip(t.shape, expected, strict=True):  # a plain loop: this is a hot path
+            if size != wanted and not isinstance(wanted, str):
+                break
+        else:
+            return
+    raise ValueError(
+        f"{op}: {name} must be [{', '.join(map(str, expected))}], got {list(t.shape)}"
     )
-    if not fits:
-        wanted = ", ".join(map(str, expected))
-        raise ValueError(f"{op}: {name} must be [{wanted}], got {list(t.shape)}")
