@@ -146,6 +146,7 @@ def _norm_backward_kernel(
     branch_n,
     branch_d,
     eps,
+    STEPS,  # row tiles that a program takes; beyond M all is masked
     D: tl.constexpr,
     SUMS: tl.constexpr,
     RMS: tl.constexpr,
@@ -161,8 +162,8 @@ def _norm_backward_kernel(
     sum_bias = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     sum_scale = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
 
-    for start in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
-        rows = start + tl.arange(0, ROWS)
+    for step in range(STEPS):
+        rows = (step * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
         row_mask = rows < M
         mask = row_mask[:, None] & col_mask[None, :]
         b, n = (rows // N).to(tl.int64), (rows % N).to(tl.int64)
@@ -309,7 +310,8 @@ def backward(
     config = backward_config(width)
     # Four programs a multiprocessor have about 48 KB of loads in flight, which covers the latency
     # of memory; their partial sums are small enough to be read back from L2.
-    programs = min(cdiv(batch * tokens, config.rows), 4 * sm_count(stream.device))
+    tiles = cdiv(batch * tokens, config.rows)
+    programs = min(tiles, 4 * sm_count(stream.device))
     partial = torch.empty(programs, sums, width, dtype=torch.float32, device=stream.device)
     launch(
         _norm_backward_kernel,
@@ -331,6 +333,7 @@ def backward(
         *x.stride(),
         *strides(added),
         eps,
+        cdiv(tiles, max(1, programs)),
         D=width,
         SUMS=sums,
         RMS=rms,

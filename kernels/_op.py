@@ -300,6 +300,4 @@ def check_shape(op: str, name: str, t: Tensor | None, *expected: int | str) -> N
                 break
         else:
             return
-    raise ValueError(
-        f"{op}: {name} must be [{', '.join(map(str, expected))}], got {list(t.shape)}"
-    )
+    raise ValueError(f"{op}: {name} must be [{', '.join(map(str, expected))}], got {list(t.shape)}")

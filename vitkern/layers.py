@@ -163,7 +163,8 @@ def branch_scales(
     gamma, dtype = None, branch.dtype
     if plain(ls, LayerScale) and plain(drop_path, DropPath, nn.Identity):
         gamma = ls.gamma
-        dtype = torch.promote_types(dtype, gamma.dtype)  # DropPath would see their product
+        if gamma.dtype != dtype:  # DropPath would see their product
+            dtype = torch.promote_types(dtype, gamma.dtype)
     else:
         branch = ls(branch)
     if plain(drop_path, DropPath):

@@ -389,7 +389,8 @@ def patch_embed(
     if out_dtype is None:
         out_dtype = compute_dtype
         for t in (pos_embed, prefix):
-            out_dtype = out_dtype if t is None else torch.promote_types(out_dtype, t.dtype)
+            if t is not None and t.dtype != out_dtype:  # asked first: an export keeps the call
+                out_dtype = torch.promote_types(out_dtype, t.dtype)
     tensors = (images, weight, bias, pos_embed, prefix, mean, std, flip)
     chosen = choose(PATCH_EMBED, impl, *tensors)
     if chosen == "triton":

@@ -195,7 +195,7 @@ def weight_grad_kernel(
     N,
     T,
     D,
-    tokens_per_split,
+    STEPS,  # tiles of tokens that a split takes
     grad_b,
     grad_n,
     grad_d,
@@ -224,11 +224,9 @@ def weight_grad_kernel(
     k = (tile % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     d_mask = d < D
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    first = split * tokens_per_split
-    last = tl.minimum(first + tokens_per_split, B * N)
-    for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        valid = m < last
+    for step in range(STEPS):
+        m = split * (STEPS * BLOCK_M) + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = m < B * N
         b, n = m // N, m % N
         base = b.to(tl.int64) * stride_b
         top, left = (n // GRID_W) * P, (n % GRID_W) * Q
@@ -355,7 +353,9 @@ def token_grad_kernel(
     place = (e // D).to(tl.int64) * grad_n + (e % D).to(tl.int64) * grad_d
     place += first.to(tl.int64) * grad_b
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for _ in range(first, tl.minimum(first + batch_per_split, B)):
-        total += tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+    b = first + tl.zeros_like(e)
+    for _ in range(batch_per_split):
+        total += tl.load(grad + place, mask=mask & (b < B), other=0.0).to(tl.float32)
         place += grad_b
+        b += 1
     tl.store(partial + split.to(tl.int64) * L * D + e, total, mask=mask)

@@ -221,8 +221,8 @@ def _launch_weight_grad(
     tiles = cdiv(width, config.block_n) * cdiv(g.length, config.block_k)
     # One wave of two programs a multiprocessor, each with at least four steps to do.
     splits = max(1, min(2 * sm_count(images.device) // tiles, tokens // (4 * config.block_m)))
-    tokens_per_split = cdiv(cdiv(tokens, splits), config.block_m) * config.block_m
-    splits = cdiv(tokens, tokens_per_split) if tokens else 0
+    steps = cdiv(cdiv(tokens, splits), config.block_m)
+    splits = cdiv(tokens, steps * config.block_m) if tokens else 0
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
     launch(
         weight_grad_kernel,
@@ -240,7 +240,7 @@ def _launch_weight_grad(
         g.patches,
         prefix_tokens,
         width,
-        tokens_per_split,
+        steps,
         *grad.stride(),
         *images.stride(),
         C=channels,
