@@ -48,7 +48,7 @@ gpu: vitkern/kernels  ## everything that needs a GPU; PYTHON=... MINUTES=10 OUT=
 	$(PYTHON) -m benchmarks gpu --minutes $(MINUTES) --out $(OUT)
 
 clean:  ## remove what the tasks above made
-	rm -rf .venv .venv-sanitize build dist *.egg-info vitkern/kernels kernels/native/*.so
+	rm -rf .venv .venv-sanitize build dist runs *.egg-info vitkern/kernels kernels/native/*.so
 	rm -rf .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find vitkern kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
