@@ -17,15 +17,7 @@ from vitkern.kernels import REGISTRY
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "")
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
-OPS = (
-    "patch_embed",
-    "layer_norm",
-    "add_layer_norm",
-    "residual_add",
-    "attention",
-    "attention_pool",
-    "linear_act",
-)
+OPS = tuple(op.name for op in REGISTRY.values() if op.backward_of is None)
 
 # What a class is called here, by its home and name: timm need not be installed to be understood.
 NORMS: dict[str, tuple[str, float | None]] = {
