@@ -116,9 +116,9 @@ def fake(
 def samples(size: str) -> Iterable[Sample]:
     """Odd shapes with every combination of scales; or the blocks of ViT-S/B/L/H, batch 128."""
     if size == "tiny":
-        shapes: tuple[tuple[int, int, int], ...] = ((2, 5, 96), (3, 17, 33), (1, 1, 8), (1, 2, 3000), (0, 5, 16))
+        shapes = [(2, 5, 96), (3, 17, 33), (1, 1, 8), (1, 2, 3000), (0, 5, 16)]
     else:
-        shapes = ((128, 197, 384), (128, 197, 768), (128, 197, 1024), (128, 257, 1280))
+        shapes = [(128, 197, 384), (128, 197, 768), (128, 197, 1024), (128, 257, 1280)]
     for number, shape in enumerate(shapes):
         batch, _, width = shape
         for scaled, dropped, rms, stream in (

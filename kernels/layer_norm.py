@@ -98,6 +98,8 @@ def samples(size: str) -> Iterable[Sample]:
             (1, 1, 8),
             (3, 17, 33),
             (7, 72),
+            (2, 3000),
+            (3, 8192),
             (0, 5, 16),
         )
     else:
