@@ -166,7 +166,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "residual_dtype needs a norm",
     ),
-    ({"impl": "cuda"}, ValueError, "impl='cuda' for patch_embed; expected one of auto"),
+    ({"impl": "cuda"}, ValueError, "impl='cuda' for .*; expected one of auto"),
     ({"impl": {"atention": "auto"}}, ValueError, "impl names the op 'atention'"),
     ({"impl": {"attention": "tritn"}}, ValueError, "impl='tritn' for attention"),
     ({"impl": 3}, TypeError, "impl must be a string or a mapping"),
