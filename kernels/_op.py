@@ -292,10 +292,10 @@ def check_floating(op: str, **tensors: Tensor | None) -> None:
 
 def check_shape(op: str, name: str, t: Tensor | None, *expected: int | str) -> None:
     """`t` has this shape; a string in `expected` is a dimension of any size, named in the error."""
-    if t is None:
+    if t is None or t.shape == expected:  # most calls end here, at the price of one comparison
         return
     if len(t.shape) == len(expected):
-        for size, wanted in zip(t.shape, expected, strict=True):  # a plain loop: this is a hot path
+        for size, wanted in zip(t.shape, expected, strict=True):
             if size != wanted and not isinstance(wanted, str):
                 break
         else:

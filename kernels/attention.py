@@ -174,21 +174,22 @@ def attention(
         TypeError: an argument that is not floating point.
         ValueError: a shape other than above, tensors on several devices, an `impl` that can't run.
     """
+    check_floating("attention", qkv=qkv)
+    check_shape("attention", "qkv", qkv, "B", "N", 3, "H", "d")
     q_weight: Tensor | None = None
     q_bias = k_weight = k_bias = q_weight
     eps, rms = 0.0, False
     if qk_norm is not None:
         q_weight, q_bias, k_weight, k_bias, eps, rms = qk_norm
-    check_shape("attention", "qkv", qkv, "B", "N", 3, "H", "d")
-    vectors = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    check_floating("attention", qkv=qkv, **vectors)
-    for name, vector in vectors.items():
-        check_shape("attention", f"qk_norm.{name}", vector, qkv.shape[4])
+        vectors = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+        check_floating("attention", qkv=qkv, **vectors)
+        for name, vector in vectors.items():
+            check_shape("attention", f"qk_norm.{name}", vector, qkv.shape[4])
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = qkv.shape[4] ** -0.5 if scale is None else scale
     unfit = {"reference": "it has no dropout"} if dropout_p else None
-    chosen = choose(ATTENTION, impl, qkv, *vectors.values(), unfit=unfit)
+    chosen = choose(ATTENTION, impl, qkv, q_weight, q_bias, k_weight, k_bias, unfit=unfit)
     arguments = (qkv, q_weight, q_bias, k_weight, k_bias, eps, rms, scale)
     return portable(*arguments, dropout_p) if chosen == "sdpa" else reference(*arguments)
 

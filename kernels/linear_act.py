@@ -52,11 +52,11 @@ Activation = Callable[[Tensor], Tensor]
 
 # name: (definition, the same by ATen's fused call, and by that call in place)
 ACTIVATIONS: dict[str, tuple[Activation, Activation, Activation]] = {
-    "gelu": (_gelu, F.gelu, torch.ops.aten.gelu_),
+    "gelu": (_gelu, F.gelu, torch.ops.aten.gelu_.default),
     "gelu_tanh": (
         _gelu_tanh,
         lambda z: F.gelu(z, approximate="tanh"),
-        lambda z: torch.ops.aten.gelu_(z, approximate="tanh"),
+        lambda z: torch.ops.aten.gelu_.default(z, approximate="tanh"),
     ),
     "quick_gelu": (_quick_gelu, _quick_gelu, _quick_gelu),
     "relu": (torch.relu, torch.relu, torch.relu_),
