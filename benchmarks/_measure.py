@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.error_budget import error
+from tests.error_budget import budget, error
 
 Call = Callable[[], Any]
 
@@ -121,13 +121,11 @@ def parity(
             continue
         if not torch.isfinite(a).all():
             return {"ok": False, "why": f"output {n} is not finite"}
-        roundings = 2 if a.dtype == torch.float32 else 1
-        eager_error, own = error(e, x), error(a, x)
-        budget = max(factor * eager_error, roundings * torch.finfo(a.dtype).eps / 2)
-        if own / budget > highest:
-            highest = own / budget
-            worst = {"error": own, "budget": budget, "eager_error": eager_error}
-            worst["ok"] = own <= budget
+        own, allowed = error(a, x), budget(e, x, factor)
+        if own / allowed > highest:
+            highest = own / allowed
+            worst = {"error": own, "budget": allowed, "eager_error": error(e, x)}
+            worst["ok"] = own <= allowed
     return worst
 
 

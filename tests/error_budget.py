@@ -31,6 +31,12 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / scale)
 
 
+def budget(eager: Tensor, exact: Tensor, factor: float = 2.0) -> float:
+    """The error that is allowed where eager PyTorch returned `eager`."""
+    roundings = 2 if eager.dtype == torch.float32 else 1
+    return max(factor * error(eager, exact), roundings * torch.finfo(eager.dtype).eps / 2)
+
+
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -48,9 +54,8 @@ def assert_within_budget(
         assert a.dtype == e.dtype, f"{name}: {a.dtype}, eager returns {e.dtype}"
         assert torch.isfinite(a).all(), f"{name}: not finite"
         a, e, x = a.cpu(), e.cpu(), x.cpu()
-        roundings = 2 if a.dtype == torch.float32 else 1
-        budget = max(factor * error(e, x), roundings * torch.finfo(a.dtype).eps / 2)
-        assert error(a, x) <= budget, f"{name}: error {error(a, x):.2e}, budget {budget:.2e}"
+        allowed = budget(e, x, factor)
+        assert error(a, x) <= allowed, f"{name}: error {error(a, x):.2e}, budget {allowed:.2e}"
 
 
 def gradients(

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitkern import kernels as ops
 from vitkern.config import POOLS, WEIGHT_INITS, ViTConfig, check_arguments
+from vitkern.kernels.patch_embed.reference import assemble
 from vitkern.layers import (
     ACTIVATIONS,
     NORMS,
@@ -141,15 +142,6 @@ def check_images(images: Tensor, config: ViTConfig) -> Tensor:
 def mirror(images: Tensor, flip: Tensor | None) -> Tensor:
     """Images [B, C, H, W] with the samples chosen by `flip` [B] mirrored left to right."""
     return images if flip is None else torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
-
-
-def assemble(tokens: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
-    """Patch tokens [B, N, D] with prefix [T, D] before and positions [N, D] or [T + N, D] added."""
-    if pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]:
-        tokens, pos_embed = tokens + pos_embed, None
-    if prefix is not None:
-        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], 1)
-    return tokens if pos_embed is None else tokens + pos_embed
 
 
 class Attention(nn.Module):
