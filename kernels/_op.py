@@ -10,6 +10,7 @@ Autocast never reaches an op: the public function turns it into explicit dtypes 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Arg:
     """How a sample makes one tensor argument: normal values, or integers for uint8 and bool.
 
-    dtype None stands for the dtype under test; channels_last lays an image out as [B, H, W, C].
+    dtype None stands for the dtype under test; channels_last lays an image out as [B, H, W, C];
+    values are the very ones, for an argument that is no data.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +39,7 @@ class Arg:
     scale: float = 1.0
     offset: float = 0.0
     channels_last: bool = False
+    values: tuple[int, ...] | None = None
 
     def make(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
         """A tensor of this kind; the values are drawn on the CPU, so that all devices agree."""
@@ -44,7 +47,9 @@ class Arg:
         if device.type == "meta":  # for tools that look at launches: there are no values to draw
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             return torch.empty(self.shape, dtype=dtype, device=device, memory_format=layout)
-        if dtype == torch.uint8:
+        if self.values is not None:
+            value = torch.tensor(self.values)
+        elif dtype == torch.uint8:
             value = torch.randint(0, 256, self.shape, generator=generator, dtype=dtype)
         elif dtype == torch.bool:
             value = torch.randint(0, 2, self.shape, generator=generator).bool()
@@ -60,12 +65,14 @@ class Sample:
     """One set of arguments for an op: what tests check, benchmarks time and tools compile.
 
     Option values that are a function are called with the dtype under test, for arguments such as
-    `out_dtype` that follow it.
+    `out_dtype` that follow it. `derive` makes arguments that follow from the others, such as what a
+    forward pass saved: given all, it returns those to replace.
     """
 
     label: str
     args: dict[str, Arg | None]
     options: dict[str, Any] = field(default_factory=dict)
+    derive: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def make(self, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments of the op."""
@@ -76,12 +83,21 @@ class Sample:
             for name, arg in self.args.items()
         }
         options = {k: v(dtype) if callable(v) else v for k, v in self.options.items()}
-        return {**made, **options}
+        return self.complete({**made, **options})
+
+    def complete(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """`arguments`, with those anew that follow from others."""
+        return arguments if self.derive is None else {**arguments, **self.derive(arguments)}
 
 
 def same(dtype: torch.dtype) -> torch.dtype:
     """Option value for a Sample: the dtype under test itself."""
     return dtype
+
+
+def unchanged(arguments: dict[str, Any]) -> dict[str, Any]:
+    """For an op whose public function takes the op's own arguments."""
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,8 @@ class Op:
     launcher: the same by Triton kernels, without autograd; None where there is no kernel yet.
     samples: "tiny" for correctness (odd shapes), "vit" for benchmarks (shapes of real models).
     flops, bytes_moved: of a perfect kernel, from the op's own keyword arguments.
+    to_public: those arguments as keyword arguments of the public function.
+    peers: further implementations by name, which other packages bring.
     """
 
     name: str
@@ -105,13 +123,16 @@ class Op:
     flops: Callable[..., int]
     bytes_moved: Callable[..., int]
     backward_of: str | None
+    to_public: Callable[[dict[str, Any]], dict[str, Any]]
+    peers: Mapping[str, Callable[..., Any]]
     call: Callable[..., Any]
 
     @property
     def implementations(self) -> dict[str, Callable[..., Any]]:
         """Implementations by the name that `impl` takes, in the order in which auto tries them."""
         kernel = {} if self.launcher is None else {"triton": self.call}
-        return {**kernel, self.portable_name: self.portable, "reference": self.reference}
+        own = {self.portable_name: self.portable, "reference": self.reference}
+        return {**kernel, **self.peers, **own}
 
 
 def define(
@@ -126,6 +147,8 @@ def define(
     portable_name: str = "torch",
     launcher: Callable[..., Any] | None = None,
     backward_of: str | None = None,
+    to_public: Callable[[dict[str, Any]], dict[str, Any]] = unchanged,
+    peers: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> Op:
     """Register ``torch.ops.vitkern.<name>`` (schema inferred from `reference`) and list it."""
     portable = portable or reference
@@ -147,6 +170,8 @@ def define(
         flops=flops,
         bytes_moved=bytes_moved,
         backward_of=backward_of,
+        to_public=to_public,
+        peers=peers,
         call=getattr(torch.ops.vitkern, name).default,
     )
     REGISTRY[name] = op
@@ -181,7 +206,8 @@ def choose(
     impl: str,
     *tensors: Tensor | None,
     unfit: Mapping[str, str | None] | None = None,
-    lone_norm: bool = False,
+    avoid: str | None = None,
+    detail: Callable[[str], str | None] | None = None,
 ) -> str:
     """Name of the implementation that runs this call.
 
@@ -189,15 +215,15 @@ def choose(
         impl: "auto", or a name from ``op.implementations``; a name that can't run raises.
         tensors: the call's tensors, whose device and dtype decide.
         unfit: for implementations that this call's options rule out, the reason.
-        lone_norm: the op is pointwise or a row reduction, which a compiler fuses into its
-            neighbours while our kernel would be a wall between them.
+        avoid: why auto should leave our kernel alone, though it could run.
+        detail: for the record, more about what the chosen implementation does here.
 
     Raises:
         ValueError: unknown name, or an explicit one that can't run here; the text says why.
     """
     unfit = unfit or {}
     if impl == "auto":
-        name, why = _automatic(op, tensors, unfit, lone_norm)
+        name, why = _automatic(op, tensors, unfit, avoid)
     else:
         if impl not in op.implementations:
             known = ", ".join(["auto", *op.implementations])
@@ -207,12 +233,13 @@ def choose(
             raise ValueError(f"{op.name}: impl={impl!r} can't run here: {problem}")
         name, why = impl, "asked for"
     if _recorded is not None:
-        _recorded.append(Choice(op.name, name, why))
+        more = None if detail is None else detail(name)
+        _recorded.append(Choice(op.name, name, f"{why}; {more}" if more else why))
     return name
 
 
 def _automatic(
-    op: Op, tensors: tuple[Tensor | None, ...], unfit: Mapping[str, str | None], lone_norm: bool
+    op: Op, tensors: tuple[Tensor | None, ...], unfit: Mapping[str, str | None], avoid: str | None
 ) -> tuple[str, str]:
     if unfit.get(op.portable_name):
         fallback, ruled_out = "reference", f"; {op.portable_name}: {unfit[op.portable_name]}"
@@ -225,9 +252,18 @@ def _automatic(
     problem = unfit.get("triton") or kernel_problem(tensors)
     if problem:
         return fallback, problem + ruled_out
-    if lone_norm and torch.compiler.is_compiling():
-        return fallback, "inside torch.compile, which fuses it with its neighbours" + ruled_out
+    if avoid:
+        return fallback, avoid + ruled_out
     return "triton", "CUDA tensors of a kernel dtype"
+
+
+def lone_norm() -> str | None:
+    """Why auto leaves the kernel of a lone norm alone: a compiler fuses a norm, or a pointwise op,
+    into its neighbours, while a kernel would be a wall between them.
+    """
+    if torch.compiler.is_compiling():
+        return "inside torch.compile, which fuses it with its neighbours"
+    return None
 
 
 def kernel_problem(tensors: Iterable[Tensor | None]) -> str | None:

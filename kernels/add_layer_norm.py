@@ -33,6 +33,7 @@ from ._op import (
     check_shape,
     choose,
     define,
+    lone_norm,
     same,
     total_bytes,
     wants_grad,
@@ -423,7 +424,7 @@ def add_layer_norm(
         impl,
         *tensors,
         unfit={"triton": _norm.width_problem(residual.shape[-1])},
-        lone_norm=True,
+        avoid=lone_norm(),
     )
     if chosen == "triton":
         if wants_grad(*tensors):

@@ -32,6 +32,7 @@ from ._op import (
     check_shape,
     choose,
     define,
+    lone_norm,
     same,
     total_bytes,
     wants_grad,
@@ -270,7 +271,7 @@ def layer_norm(
         weight,
         bias,
         unfit={"triton": _norm.width_problem(x.shape[-1])},
-        lone_norm=True,
+        avoid=lone_norm(),
     )
     if chosen == "triton":
         if wants_grad(x, weight, bias):

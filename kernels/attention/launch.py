@@ -1,0 +1,319 @@
+"""Launch configs of attention with their reasons, and the launchers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._launch import capability, cdiv, dot_precision, launch, next_power_of_2, sm_count
+from .._reduce import column_sum
+from .kernels import backward_kernel, backward_key_kernel, backward_query_kernel, forward_kernel
+from .reference import Options
+
+LOG2E = 1.4426950408889634
+MAX_HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Queries and keys of one step; warps; software-pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def split(width: int) -> tuple[int, int]:
+    """Powers of two (16 at least) that cover `width` columns with the fewest to spare.
+
+    80 = 64 + 16, 72 = 64 + 16 (8 to spare), 88 = 64 + 32; 64, and what would need as many as one
+    power of two does (104 = 64 + 64), stay in one piece.
+    """
+    whole = max(16, next_power_of_2(width))
+    first = whole // 2
+    second = max(16, next_power_of_2(width - first))
+    return (first, second) if first >= 16 and first + second < whole else (whole, 0)
+
+
+def chunks(head_dim: int, rotated: bool) -> tuple[int, int, int, int]:
+    """Columns of the two chunks of queries and keys, then of those of values."""
+    half = max(16, next_power_of_2(cdiv(head_dim, 2)))
+    return (*((half, half) if rotated else split(head_dim)), *split(head_dim))
+
+
+def tail(length: int, block: int) -> int:
+    """Size of the last, partial block: 197 keys in blocks of 64 are 3 blocks and one of 16."""
+    rest = length % block
+    return max(16, next_power_of_2(rest)) if rest else 0
+
+
+def forward_config(
+    programs: int,
+    queries: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    target: tuple[int, int],
+    sms: int,
+) -> BlockConfig:
+    """Blocks of the forward kernel; `programs` are heads times images."""
+    return BlockConfig(64, 64, 4, 2)
+
+
+def single_pass(keys: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the gradients of a head with so many keys are computed in one pass."""
+    return keys <= 128
+
+
+def backward_config(keys: int, head_dim: int, dtype: torch.dtype) -> BlockConfig:
+    """Blocks of the single-pass backward kernel; block_n covers all keys."""
+    return BlockConfig(64, max(16, next_power_of_2(keys)), 8, 1)
+
+
+def query_config(head_dim: int, dtype: torch.dtype) -> BlockConfig:
+    """Blocks of the kernel for dq."""
+    return BlockConfig(64, 64, 4, 2)
+
+
+def key_config(head_dim: int, dtype: torch.dtype) -> BlockConfig:
+    """Blocks of the kernel for dk and dv."""
+    return BlockConfig(64, 64, 4, 2)
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """A small argument as the kernels read it."""
+    return None if t is None else t.contiguous()
+
+
+def rows_dense(t: Tensor) -> Tensor:
+    """`t` itself where its last dimension is dense, which is all that the kernels ask for."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Elements between images, tokens and heads of each [B, N, H, d] or [total, H, d]."""
+    return tuple(n for t in tensors for n in ((0,) + t.stride())[-4:-1])
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Elements, 16 at most, on a multiple of which every head starts within its token.
+
+    Triton asks itself only whether a stride is a multiple of 16; for d = 72 or 88 eight of them,
+    the 16 bytes of one load, must do.
+    """
+    return math.gcd(16, tensors[0].shape[-1], *(t.stride(-2) for t in tensors))
+
+
+class _Call:
+    """What all launches of one call have in common."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, scale: float) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.heads, self.head_dim = q.shape[-2:]
+        self.scale, self.eps, self.skipped = scale * LOG2E, options.eps, 0
+        self.varlen, self.normed = options.cu_seqlens is not None, options.q_weight is not None
+        if options.cu_seqlens is not None:
+            self.batch, self.total = options.cu_seqlens.numel() - 1, q.shape[0]
+            self.queries = self.keys = options.max_seqlen
+        else:
+            self.batch, self.queries, self.keys = q.shape[0], q.shape[1], k.shape[1]
+            self.total = self.batch * self.queries
+            if options.sin is not None:
+                self.skipped = self.queries - options.sin.shape[0]
+        self.programs = self.batch * self.heads
+        mask = options.key_mask
+        self.extras = (
+            *map(dense, options[:6]),  # weights and biases of the norms, sin, cos
+            None if mask is None else mask.contiguous().view(torch.uint8),
+            dense(options.cu_seqlens),
+        )
+        rope = "" if options.sin is None else "interleaved" if options.interleaved else "halves"
+        first, second, v_first, v_second = chunks(self.head_dim, bool(rope))
+        self.constexprs = {
+            "HEAD_DIM": self.head_dim,
+            "FIRST": first,
+            "SECOND": second,
+            "V_FIRST": v_first,
+            "V_SECOND": v_second,
+            "ROPE": rope,
+            "RMS": options.rms,
+            "PRECISION": dot_precision(q.dtype),
+        }
+
+    def tail(self, block: int) -> int:
+        """Keys of the last step; where lengths vary nobody knows, so it may be a whole block."""
+        return block if self.varlen else tail(self.keys, block)
+
+    def partial(self, programs: int, rows: int) -> Tensor | None:
+        """Room for each program's share of the norms' gradients."""
+        if not self.normed:
+            return None
+        make = torch.zeros if self.varlen else torch.empty  # a program may find nothing to do
+        return make((programs, rows, self.head_dim), dtype=torch.float32, device=self.q.device)
+
+    def params(self, *partials: Tensor | None) -> Tensor:
+        """The norms' gradients [4, d] from the shares of all programs; [0, d] without norms."""
+        sums = [column_sum(p, self.extras[0].dtype) for p in partials if p is not None]
+        return torch.cat(sums) if sums else self.q.new_empty((0, self.head_dim))
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Nq, H*d] or [total, H*d], lse [H, tokens] or empty), in one launch."""
+    call = _Call(q, k, v, options, scale)
+    out = q.new_empty((*q.shape[:-2], call.heads * call.head_dim))
+    lse = torch.empty(
+        (call.heads, call.total) if need_lse else 0, dtype=torch.float32, device=q.device
+    )
+    config = forward_config(
+        call.programs,
+        call.queries,
+        call.head_dim,
+        q.dtype,
+        capability(q.device),
+        sm_count(q.device),
+    )
+    blocks = cdiv(call.queries, config.block_m)
+    launch(
+        forward_kernel,
+        (call.programs * blocks,),
+        q,
+        k,
+        v,
+        out,
+        lse if need_lse else None,
+        *call.extras,
+        *strides(q, k),
+        call.heads,
+        call.queries,
+        call.keys,
+        call.total,
+        blocks,
+        call.skipped,
+        call.scale,
+        call.eps,
+        **call.constexprs,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        TAIL=call.tail(config.block_n),
+        HEAD_ALIGN=alignment(q, k),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    options: Options,
+    scale: float,
+) -> Tensor:
+    """Fill dq, dk and dv; the norms' gradients [4, d], or [0, d] without norms.
+
+    Without `out` and `lse` of the forward pass in one launch, with them in two.
+    """
+    call = _Call(q, k, v, options, scale)
+    dout = rows_dense(dout).unflatten(-1, (call.heads, call.head_dim))
+    sizes = (call.heads, call.queries, call.keys)
+    if out is None or lse is None:
+        config = backward_config(call.keys, call.head_dim, q.dtype)
+        partial = call.partial(call.programs, 4)
+        launch(
+            backward_kernel,
+            (call.programs,),
+            q,
+            k,
+            v,
+            dout,
+            dq,
+            dk,
+            dv,
+            partial,
+            *call.extras,
+            *strides(q, k, dout, dq, dk),
+            *sizes,
+            call.skipped,
+            call.scale,
+            call.eps,
+            **call.constexprs,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            HEAD_ALIGN=alignment(q, k, dout, dq, dk),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        return call.params(partial)
+    delta = torch.empty_like(lse)
+    config = query_config(call.head_dim, q.dtype)
+    blocks = cdiv(call.queries, config.block_m)
+    q_partial = call.partial(call.programs * blocks, 2)
+    launch(
+        backward_query_kernel,
+        (call.programs * blocks,),
+        q,
+        k,
+        v,
+        dout,
+        out,
+        lse,
+        dq,
+        delta,
+        q_partial,
+        *call.extras,
+        *strides(q, k, dout, dq),
+        *sizes,
+        call.total,
+        blocks,
+        call.skipped,
+        call.scale,
+        call.eps,
+        **call.constexprs,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        TAIL=call.tail(config.block_n),
+        HEAD_ALIGN=alignment(q, k, dout, dq),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    config = key_config(call.head_dim, q.dtype)
+    blocks = cdiv(call.keys, config.block_n)
+    k_partial = call.partial(call.programs * blocks, 2)
+    launch(
+        backward_key_kernel,
+        (call.programs * blocks,),
+        q,
+        k,
+        v,
+        dout,
+        lse,
+        delta,
+        dk,
+        dv,
+        k_partial,
+        *call.extras,
+        *strides(q, k, dout, dk),
+        *sizes,
+        call.total,
+        blocks,
+        call.skipped,
+        call.scale,
+        call.eps,
+        **call.constexprs,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        HEAD_ALIGN=alignment(q, k, dout, dk),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return call.params(q_partial, k_partial)

@@ -1,0 +1,322 @@
+"""The definition of attention and of its gradients, and the same by PyTorch's own attention."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _norm
+from .._op import accumulate_dtype
+
+
+def padded_index(cu_seqlens: Tensor, total: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Between packed [total] and padded [B, longest] tokens, without waiting for a GPU.
+
+    Returns (packed index of each padded place [B, longest], which of them exist,
+    padded index of each packed token [total]).
+    """
+    first, last = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    place = torch.arange(longest, device=cu_seqlens.device)
+    packed = first[:, None] + place
+    exists = packed < last[:, None]
+    token = torch.arange(total, device=cu_seqlens.device)
+    image = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+    return packed.clamp(max=max(total - 1, 0)), exists, image * longest + token - first[image]
+
+
+class QKNorm(NamedTuple):
+    """Norm of queries and keys over the head dimension: weights and biases [d]."""
+
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    k_bias: Tensor | None
+    eps: float = 1e-6
+    rms: bool = False
+
+
+class Rope(NamedTuple):
+    """Rotary position embedding: angles [L, d / 2] of the last L tokens; those before aren't turned.
+
+    interleaved: pairs are neighbours (0, 1), (2, 3), ... as in EVA; otherwise halves, (0, d / 2),
+        (1, d / 2 + 1), ... as in DINOv3.
+    """
+
+    sin: Tensor
+    cos: Tensor
+    interleaved: bool = False
+
+
+class Options(NamedTuple):
+    """All that may be asked of attention beyond q, k, v and a scale, as the op takes it."""
+
+    q_weight: Tensor | None = None  # [d], as the three that follow
+    q_bias: Tensor | None = None
+    k_weight: Tensor | None = None
+    k_bias: Tensor | None = None
+    sin: Tensor | None = None  # [L, d / 2]: angles of the last L tokens
+    cos: Tensor | None = None
+    key_mask: Tensor | None = None  # bool [B, N]
+    cu_seqlens: Tensor | None = None  # int32 [B + 1]
+    eps: float = 0.0
+    rms: bool = False
+    interleaved: bool = False
+    max_seqlen: int = 0
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values [B, H, N, d] as the product takes them, and who may be attended."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None  # bool [B, 1, 1, N]
+    index: Tensor | None  # padded index of each packed token
+
+
+def pad(qkv: Tensor, options: Options) -> tuple[Tensor, Options, Tensor | None]:
+    """Sequences of varying length as a batch with a key mask; others as they are."""
+    cu_seqlens, sin, cos = options.cu_seqlens, options.sin, options.cos
+    if cu_seqlens is None:
+        return qkv, options, None
+    place, exists, index = padded_index(cu_seqlens, qkv.shape[0], options.max_seqlen)
+    if sin is not None and cos is not None:
+        sin, cos = sin[place][:, None], cos[place][:, None]  # [B, 1, N, d / 2]
+    return qkv[place], options._replace(key_mask=exists, sin=sin, cos=cos, cu_seqlens=None), index
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor, options: Options) -> Tensor:
+    """x [..., N, d] with the pairs of its last L tokens turned by their angles [..., L, d / 2]."""
+    skipped = x.shape[-2] - sin.shape[-2]
+    prefix, x = x[..., :skipped, :], x[..., skipped:, :]
+    axis = -1 if options.interleaved else -2
+    pairs = x.unflatten(-1, (-1, 2) if options.interleaved else (2, -1))
+    first, second = pairs.unbind(axis)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], axis)
+    return torch.cat([prefix, turned.flatten(-2)], -2)
+
+
+def heads(qkv: Tensor, options: Options, acc: torch.dtype | None) -> Heads:
+    """Norm, rotate and pad; in `acc`, or by ATen's norm in the input's dtype where that is None."""
+    qkv, options, index = pad(qkv if acc is None else qkv.to(acc), options)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask = options[:7]
+    eps, rms = options.eps, options.rms
+    if q_weight is not None and k_weight is not None:
+        if acc is None:
+            q = _norm.aten_norm(q, q_weight, q_bias, eps, rms).to(v.dtype)
+            k = _norm.aten_norm(k, k_weight, k_bias, eps, rms).to(v.dtype)
+        else:
+            q = _norm.normalise(q, eps, rms)[0] * q_weight.to(acc)
+            k = _norm.normalise(k, eps, rms)[0] * k_weight.to(acc)
+            q = q if q_bias is None else q + q_bias.to(acc)
+            k = k if k_bias is None else k + k_bias.to(acc)
+    if sin is not None and cos is not None:
+        turn = acc or torch.promote_types(sin.dtype, v.dtype)
+        q, k = (rotate(x.to(turn), sin.to(turn), cos.to(turn), options).to(v.dtype) for x in (q, k))
+    return Heads(q, k, v, None if key_mask is None else key_mask[:, None, None, :], index)
+
+
+def packed(out: Tensor, index: Tensor | None) -> Tensor:
+    """[B, H, N, d] -> [B, N, H*d], or the packed tokens [total, H*d]; contiguous."""
+    out = out.transpose(1, 2).flatten(2)
+    return out.contiguous() if index is None else out.flatten(0, 1)[index]
+
+
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(softmax of the logits [B, H, Nq, Nk], log2 of the sum of exponentials [B, H, Nq]).
+
+    A query without keys has probabilities 0 and sum 1.
+    """
+    logits = q @ k.transpose(-2, -1) * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    lse = logits.logsumexp(-1)
+    lse = lse.where(lse != float("-inf"), 0)
+    return (logits - lse[..., None]).exp(), lse / 0.6931471805599453
+
+
+def statistics(lse: Tensor, index: Tensor | None, need_lse: bool) -> Tensor:
+    """[B, H, N] -> [H, tokens] float32 (float64 for float64), or empty."""
+    dtype = torch.promote_types(lse.dtype, torch.float32)
+    if not need_lse:
+        return lse.new_empty(0, dtype=dtype)
+    lse = lse.transpose(0, 1).flatten(1)
+    return (lse if index is None else lse[:, index]).to(dtype).contiguous()
+
+
+def reference(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    rms: bool,
+    interleaved: bool,
+    scale: float,
+    max_seqlen: int,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition, accumulated in float32 (float64 for float64 arguments)."""
+    acc = accumulate_dtype(qkv, q_weight, k_weight)
+    options = Options(
+        q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
+        eps, rms, interleaved, max_seqlen,
+    )  # fmt: skip
+    q, k, v, mask, index = heads(qkv, options, acc)
+    p, lse = probabilities(q, k, mask, scale)
+    return packed(p @ v, index).to(qkv.dtype), statistics(lse, index, need_lse)
+
+
+def portable(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    rms: bool,
+    interleaved: bool,
+    scale: float,
+    max_seqlen: int,
+    need_lse: bool = False,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own attention on views, which picks a flash, cuDNN or plain kernel by itself."""
+    options = Options(
+        q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
+        eps, rms, interleaved, max_seqlen,
+    )  # fmt: skip
+    q, k, v, mask, index = heads(qkv, options, None)
+    out = sdpa(q, k, v, mask, scale, dropout_p)
+    lse = q.new_empty(0)
+    if need_lse:  # nobody asks for this but a test: no other implementation wants it
+        acc = accumulate_dtype(q)
+        _, lse = probabilities(q.to(acc), k.to(acc), mask, scale)
+    return packed(out, index), statistics(lse, index, need_lse)
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """scaled_dot_product_attention, and zero for a query without keys: its backends disagree."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
+    return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+
+def sdpa_backend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
+) -> str:
+    """Name of the kernel that `sdpa` takes for these tensors, from PyTorch's own dispatcher."""
+    from torch.nn.attention import SDPBackend
+
+    number = torch._fused_sdp_choice(  # type: ignore[attr-defined]
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale
+    )
+    return SDPBackend(number).name.lower().removesuffix("_attention")
+
+
+def backward_reference(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    rms: bool,
+    interleaved: bool,
+    scale: float,
+    max_seqlen: int,
+) -> tuple[Tensor, Tensor]:
+    """(dqkv, [dq_weight; dq_bias; dk_weight; dk_bias] as [4, d], or [0, d] without norms).
+
+    `out` and `lse` of the forward pass only spare a kernel work; the definition needs neither.
+    """
+    acc = accumulate_dtype(dout, qkv, q_weight)
+    options = Options(
+        q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
+        eps, rms, interleaved, max_seqlen,
+    )  # fmt: skip
+    q, k, v, mask, index = heads(qkv, options, acc)
+    dout = dout.to(acc).unflatten(-1, qkv.shape[-2:])
+    if cu_seqlens is not None:
+        place, exists, _ = padded_index(cu_seqlens, qkv.shape[0], max_seqlen)
+        dout = dout[place] * exists[..., None, None]
+    qkv, options, _ = pad(qkv, options)
+    dout = dout.transpose(1, 2)
+    p = probabilities(q, k, mask, scale)[0]
+    dp = dout @ v.transpose(-2, -1)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dq, dk, dv = ds @ k, ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ dout
+    if options.sin is not None and options.cos is not None:  # the inverse rotation
+        angles = -options.sin.to(acc), options.cos.to(acc), options
+        dq, dk = rotate(dq, *angles), rotate(dk, *angles)
+    params = qkv.new_empty((0, qkv.shape[-1]))
+    if q_weight is not None and k_weight is not None:
+        raw_q, raw_k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        sums = []
+        for d, raw, weight in ((dq, raw_q, q_weight), (dk, raw_k, k_weight)):
+            sums += [_norm.reference_backward(d, raw, weight, eps, rms)[1], d]
+        params = torch.stack([x.sum((0, 1, 2)) for x in sums]).to(q_weight.dtype)
+        dq = _norm.reference_backward(dq, raw_q, q_weight, eps, rms)[0]
+        dk = _norm.reference_backward(dk, raw_k, k_weight, eps, rms)[0]
+    dqkv = torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4)  # [B, N, 3, H, d]
+    if index is not None:
+        dqkv = dqkv.flatten(0, 1)[index]
+    return dqkv.to(qkv.dtype).contiguous(), params
+
+
+def backward_portable(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    sin: Tensor | None,
+    cos: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    eps: float,
+    rms: bool,
+    interleaved: bool,
+    scale: float,
+    max_seqlen: int,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own attention forward and, by autograd, backward."""
+    if q_weight is not None:  # a bias that isn't there has the gradient of a zero
+        q_bias = torch.zeros_like(q_weight) if q_bias is None else q_bias
+        k_bias = torch.zeros_like(q_weight) if k_bias is None else k_bias
+    leaves = [
+        None if t is None else t.detach().requires_grad_()
+        for t in (qkv, q_weight, q_bias, k_weight, k_bias)
+    ]
+    wanted = [t for t in leaves if t is not None]
+    with torch.enable_grad():
+        result, _ = portable(
+            wanted[0], *leaves[1:], sin, cos, key_mask, cu_seqlens,
+            eps, rms, interleaved, scale, max_seqlen,
+        )  # fmt: skip
+    dqkv, *params = torch.autograd.grad(result, wanted, dout)
+    if q_weight is None:
+        return dqkv.contiguous(), qkv.new_empty((0, qkv.shape[-1]))
+    return dqkv.contiguous(), torch.stack([g.to(q_weight.dtype) for g in params])

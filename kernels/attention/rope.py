@@ -1,0 +1,1 @@
+"""Angles of the rotary position embedding over the two axes of an image."""
