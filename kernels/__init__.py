@@ -8,7 +8,7 @@ if __name__ == "kernels":
 
 from ._op import REGISTRY
 from .add_layer_norm import add_layer_norm
-from .attention import QKNorm, attention, attention_pool
+from .attention import QKNorm, Rope, attention, attention_pool, axial_rope
 from .layer_norm import layer_norm
 from .linear_act import linear_act
 from .patch_embed import patch_embed
@@ -17,9 +17,11 @@ from .residual_add import residual_add
 __all__ = [
     "REGISTRY",
     "QKNorm",
+    "Rope",
     "add_layer_norm",
     "attention",
     "attention_pool",
+    "axial_rope",
     "layer_norm",
     "linear_act",
     "patch_embed",

@@ -9,7 +9,9 @@ Backward: with P = softmax(...), delta = rowsum(P * dP) = rowsum(dout * out):
     dv = P^T dout,  dP = dout v^T,  dS = P * (dP - delta),  dq = dS k * scale,  dk = dS^T q * scale,
     written as dqkv in the layout of qkv; then back through rotation and norm, in registers.
 Saved for backward: qkv. If a head's keys are too many for the single pass (`launch.single_pass`)
-    also out, which the projection keeps anyway, and one float32 a query and head.
+    also out, which the projection keeps anyway, and two float32 a query and head: the largest
+    logit and the sum of exponentials. (One number, the logarithm of both, would round away what is
+    left of exp(logit - largest) where logits are large.)
 Bytes: qkv + out forward; qkv + dout + dqkv backward, and out where it is saved.
 FLOPs: 4 B H N^2 d forward, 10 B H N^2 d backward; in two launches it takes 14.
 
@@ -54,8 +56,9 @@ from .reference import (
     reference,
     sdpa_backend,
 )
+from .rope import axial_rope
 
-__all__ = ["QKNorm", "Rope", "attention", "attention_pool"]
+__all__ = ["QKNorm", "Rope", "attention", "attention_pool", "axial_rope"]
 
 
 def launch_forward(
@@ -71,16 +74,16 @@ def launch_forward(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
-    need_lse: bool,
+    scale: float,
+    need_stats: bool,
 ) -> tuple[Tensor, Tensor]:
     """One launch of the forward kernel on views of qkv."""
     options = Options(
         q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
         eps, rms, interleaved, max_seqlen,
     )  # fmt: skip
-    return forward(*rows_dense(qkv).unbind(-3), options, scale, need_lse)
+    return forward(*rows_dense(qkv).unbind(-3), options, scale, need_stats)
 
 
 def fake(
@@ -96,16 +99,16 @@ def fake(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
-    need_lse: bool,
+    scale: float,
+    need_stats: bool,
 ) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the outputs."""
     *tokens, _, heads, head_dim = qkv.shape
-    lse = (heads, math.prod(tokens)) if need_lse else (0,)
+    stats = (2, heads, math.prod(tokens)) if need_stats else (0,)
     return (
         qkv.new_empty((*tokens, heads * head_dim)),
-        qkv.new_empty(lse, dtype=accumulate_dtype(qkv)),
+        qkv.new_empty(stats, dtype=accumulate_dtype(qkv)),
     )
 
 
@@ -134,17 +137,17 @@ def samples(size: str) -> Iterable[Sample]:
             yield _sample(64, tokens, heads, head_dim)
         return
     yield _sample(2, 5, 2, 8)
-    yield _sample(1, 17, 3, 24, need_lse=True)
+    yield _sample(1, 17, 3, 24, need_stats=True)
     yield _sample(2, 1, 1, 16)
     yield _sample(0, 3, 2, 8)
-    yield _sample(1, 21, 1, 40, need_lse=True)  # two chunks of columns
+    yield _sample(1, 21, 1, 40, need_stats=True)  # two chunks of columns
     yield _sample(2, 19, 2, 16, norm="ln")
-    yield _sample(1, 19, 2, 40, norm="rms", rope="halves", prefix=2, need_lse=True)
+    yield _sample(1, 19, 2, 40, norm="rms", rope="halves", prefix=2, need_stats=True)
     yield _sample(2, 18, 2, 8, norm="ln", rope="interleaved", prefix=1)
     yield _sample(3, 18, 1, 16, mask=True)
-    yield _sample(2, 33, 1, 16, mask=True, need_lse=True)
+    yield _sample(2, 33, 1, 16, mask=True, need_stats=True)
     yield _sample((5, 5, 22, 23), 0, 2, 16)
-    yield _sample((5, 5, 22, 23), 0, 1, 16, norm="rms", rope="interleaved", need_lse=True)
+    yield _sample((5, 5, 22, 23), 0, 1, 16, norm="rms", rope="interleaved", need_stats=True)
 
 
 def _sample(
@@ -156,7 +159,7 @@ def _sample(
     rope: str = "",
     prefix: int = 0,
     mask: bool = False,
-    need_lse: bool = False,
+    need_stats: bool = False,
 ) -> Sample:
     """One call; a tuple for `batch` are the ends of sequences of varying length."""
     if isinstance(batch, tuple):
@@ -170,7 +173,7 @@ def _sample(
     angles = Arg((shape[-1] - prefix, head_dim // 2), torch.float32) if rope else None
     label += f" H={heads} d={head_dim}"
     label += f" {norm}-qk-norm" * bool(norm) + f" rope {rope}" * bool(rope)
-    label += " key mask" * mask + " lse" * need_lse
+    label += " key mask" * mask + " stats" * need_stats
     args = {
         "qkv": Arg((*shape, 3, heads, head_dim)),
         "q_weight": vector,
@@ -188,7 +191,7 @@ def _sample(
         "interleaved": rope == "interleaved",
         "scale": head_dim**-0.5,
         "max_seqlen": longest,
-        "need_lse": need_lse,
+        "need_stats": need_stats,
     }
     return Sample(label, args, options)
 
@@ -228,12 +231,12 @@ def bytes_moved(
     cos: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    need_lse: bool,
+    need_stats: bool,
     **_: Any,
 ) -> int:
-    """qkv and the small arguments in, a third of its size out, and perhaps a float32 a row."""
+    """qkv and the small arguments in, a third of its size out, and perhaps two float32 a row."""
     small = total_bytes(q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
-    rows = 4 * qkv.numel() // (3 * qkv.shape[-1]) if need_lse else 0
+    rows = 8 * qkv.numel() // (3 * qkv.shape[-1]) if need_stats else 0
     return total_bytes(qkv) * 4 // 3 + small + rows
 
 
@@ -255,7 +258,7 @@ def backward_launch(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    stats: Tensor | None,
     q_weight: Tensor | None,
     q_bias: Tensor | None,
     k_weight: Tensor | None,
@@ -267,16 +270,18 @@ def backward_launch(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """One launch without `out` and `lse`, two with them; the norms' gradients take small sums."""
+    """One launch without `out` and `stats`, two with them; the norms' gradients take small sums."""
     options = Options(
         q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
         eps, rms, interleaved, max_seqlen,
     )  # fmt: skip
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    params = backward(dout, *rows_dense(qkv).unbind(-3), out, lse, *dqkv.unbind(-3), options, scale)
+    params = backward(
+        dout, *rows_dense(qkv).unbind(-3), out, stats, *dqkv.unbind(-3), options, scale
+    )
     return dqkv, params
 
 
@@ -284,7 +289,7 @@ def backward_fake(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    stats: Tensor | None,
     q_weight: Tensor | None,
     q_bias: Tensor | None,
     k_weight: Tensor | None,
@@ -296,8 +301,8 @@ def backward_fake(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the outputs."""
     head_dim = qkv.shape[-1]
@@ -312,28 +317,28 @@ def backward_samples(size: str) -> Iterable[Sample]:
         qkv = args.pop("qkv")
         assert qkv is not None
         *tokens, _, heads, head_dim = qkv.shape
-        need_lse = options.pop("need_lse")
+        need_stats = options.pop("need_stats")
         if size == "vit":
-            need_lse = not single_pass(tokens[-1], head_dim, torch.bfloat16)
+            need_stats = not single_pass(tokens[-1], head_dim, torch.bfloat16)
         yield Sample(
-            sample.label + " lse" * (need_lse and size == "vit"),
+            sample.label + " stats" * (need_stats and size == "vit"),
             {
                 "dout": Arg((*tokens, heads * head_dim)),
                 "qkv": qkv,
                 "out": None,
-                "lse": None,
+                "stats": None,
                 **args,
             },
             options,
-            derive=saved_by_forward if need_lse else None,
+            derive=saved_by_forward if need_stats else None,
         )
 
 
 def saved_by_forward(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the forward pass with these arguments keeps for two launches backward."""
-    inputs = {k: v for k, v in arguments.items() if k not in ("dout", "out", "lse")}
-    out, lse = reference(**inputs, need_lse=True)
-    return {"out": out, "lse": lse}
+    inputs = {k: v for k, v in arguments.items() if k not in ("dout", "out", "stats")}
+    out, stats = reference(**inputs, need_stats=True)
+    return {"out": out, "stats": stats}
 
 
 def backward_flops(qkv: Tensor, cu_seqlens: Tensor | None, **_: Any) -> int:
@@ -345,7 +350,7 @@ def backward_bytes_moved(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    stats: Tensor | None,
     q_weight: Tensor | None,
     q_bias: Tensor | None,
     k_weight: Tensor | None,
@@ -359,7 +364,7 @@ def backward_bytes_moved(
     """Gradient, qkv and what was saved in; the gradient of qkv and of the norms out."""
     norms = total_bytes(q_weight, q_bias, k_weight, k_bias)
     params = 0 if q_weight is None else 4 * total_bytes(q_weight)
-    saved = total_bytes(out, lse, sin, cos, key_mask, cu_seqlens)
+    saved = total_bytes(out, stats, sin, cos, key_mask, cu_seqlens)
     return total_bytes(dout, qkv, qkv) + saved + norms + params
 
 
@@ -381,22 +386,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, qkv, q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
-        eps, rms, interleaved, scale, max_seqlen,
+        eps, rms, interleaved, max_seqlen, scale,
     ):  # fmt: skip
         keys = qkv.shape[1] if cu_seqlens is None else max_seqlen
-        need_lse = not single_pass(keys, qkv.shape[-1], qkv.dtype)
+        need_stats = not single_pass(keys, qkv.shape[-1], qkv.dtype)
         tensors = (q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
-        options = (eps, rms, interleaved, scale, max_seqlen)
-        out, lse = ATTENTION.call(qkv, *tensors, *options, need_lse)
-        ctx.save_for_backward(qkv, *((out, lse) if need_lse else (None, None)), *tensors)
+        options = (eps, rms, interleaved, max_seqlen, scale)
+        out, stats = ATTENTION.call(qkv, *tensors, *options, need_stats)
+        ctx.save_for_backward(qkv, *((out, stats) if need_stats else (None, None)), *tensors)
         ctx.options = options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        qkv, out, lse, *tensors = ctx.saved_tensors
-        dqkv, params = ATTENTION_BACKWARD.call(dout, qkv, out, lse, *tensors, *ctx.options)
+        qkv, out, stats, *tensors = ctx.saved_tensors
+        dqkv, params = ATTENTION_BACKWARD.call(dout, qkv, out, stats, *tensors, *ctx.options)
         norms = [
             params[n].to(tensors[n].dtype) if ctx.needs_input_grad[1 + n] else None
             for n in range(4)
@@ -516,24 +521,35 @@ def attention(
         if key_mask.dtype != torch.bool:
             raise TypeError(f"attention: key_mask must be bool, got {dtype_name(key_mask.dtype)}")
         check_shape(name, "key_mask", key_mask, *qkv.shape[:2])
+    if cu_seqlens is None and max_seqlen is not None:
+        raise ValueError("attention: max_seqlen needs cu_seqlens")
     if cu_seqlens is not None:
         longest = sequence_length(cu_seqlens, total, max_seqlen)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = head_dim**-0.5 if scale is None else scale
-    tensors = (qkv, q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
-    arguments = (*tensors, eps, rms, interleaved, scale, longest)
+    options = Options(
+        q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
+        eps, rms, interleaved, longest,
+    )  # fmt: skip
+    tensors = (qkv, *options[:8])
     unfit = {"triton": kernel_unfit(head_dim, sin, cos, dropout_p)}
     if dropout_p:
         unfit["reference"] = "it has no dropout"
-    chosen = choose(ATTENTION, impl, *tensors, unfit=unfit)
+
+    def detail(chosen: str) -> str | None:
+        if chosen != "sdpa":
+            return None
+        return f"backend {sdpa_backend(qkv, options, scale, dropout_p)}"
+
+    chosen = choose(ATTENTION, impl, *tensors, unfit=unfit, detail=detail)
     if chosen == "triton":
         if wants_grad(*tensors):
-            return _Attention.apply(*arguments)
-        return ATTENTION.call(*arguments, False)[0]
+            return _Attention.apply(qkv, *options, scale)
+        return ATTENTION.call(qkv, *options, scale, False)[0]
     if chosen == "sdpa":
-        return portable(*arguments, False, dropout_p)[0]
-    return reference(*arguments, False)[0]
+        return portable(qkv, *options, scale, False, dropout_p)[0]
+    return reference(qkv, *options, scale, False)[0]
 
 
 def kernel_unfit(

@@ -27,10 +27,10 @@ def _columns(
     index = tl.arange(0, SECOND if CHUNK else FIRST)
     if ROPE == "interleaved":  # pairs (0, 1), (2, 3), ...
         return 2 * index + CHUNK, index < HEAD_DIM // 2
-    if ROPE == "halves":  # pairs (0, d/2), (1, d/2 + 1), ...
+    elif ROPE == "halves":  # pairs (0, d/2), (1, d/2 + 1), ...
         return index + CHUNK * (HEAD_DIM // 2), index < HEAD_DIM // 2
-    columns = index + CHUNK * FIRST
-    return columns, columns < HEAD_DIM
+    else:
+        return index + CHUNK * FIRST, index + CHUNK * FIRST < HEAD_DIM
 
 
 @jit
@@ -39,11 +39,12 @@ def _load(base, rows, stride, length, columns, exists, PADDED: tl.constexpr, MAS
     place = base + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     if MASKED and PADDED:
         return tl.load(place, mask=(rows < length)[:, None] & exists[None, :], other=0.0)
-    if MASKED:
+    elif MASKED:
         return tl.load(place, mask=(rows < length)[:, None], other=0.0)
-    if PADDED:
+    elif PADDED:
         return tl.load(place, mask=exists[None, :], other=0.0)
-    return tl.load(place)
+    else:
+        return tl.load(place)
 
 
 @jit
@@ -108,16 +109,17 @@ def _load_head(
     Without a second chunk the first is returned twice, and the second is then never read. Rows
     beyond `length` are zero.
     """
-    PADDED: tl.constexpr = FIRST + SECOND != HEAD_DIM
+    PADDED1: tl.constexpr = HEAD_DIM < FIRST or (ROPE != "" and HEAD_DIM != 2 * FIRST)
+    PADDED2: tl.constexpr = HEAD_DIM != FIRST + SECOND
     columns, has1 = _columns(HEAD_DIM, FIRST, SECOND, ROPE, 0)
-    x1 = _load(base, rows, stride, length, columns, has1, PADDED, MASKED)
+    x1 = _load(base, rows, stride, length, columns, has1, PADDED1, MASKED)
     dtype = x1.dtype
     x2 = x1
     has2 = has1
     others = columns
     if SECOND:
         others, has2 = _columns(HEAD_DIM, FIRST, SECOND, ROPE, 1)
-        x2 = _load(base, rows, stride, length, others, has2, PADDED, MASKED)
+        x2 = _load(base, rows, stride, length, others, has2, PADDED2, MASKED)
     if weight is not None:
         x1 = x1.to(tl.float32)
         x2 = x2.to(tl.float32)
@@ -158,7 +160,8 @@ def _head_gradient(
     """Back through _load_head: the gradient of the values in memory, and what sums over rows to
     d_weight and to d_bias; of each both chunks.
     """
-    PADDED: tl.constexpr = FIRST + SECOND != HEAD_DIM
+    PADDED1: tl.constexpr = HEAD_DIM < FIRST or (ROPE != "" and HEAD_DIM != 2 * FIRST)
+    PADDED2: tl.constexpr = HEAD_DIM != FIRST + SECOND
     columns, has1 = _columns(HEAD_DIM, FIRST, SECOND, ROPE, 0)
     has2 = has1
     others = columns
@@ -174,11 +177,11 @@ def _head_gradient(
     if weight is not None:
         valid = (rows < length)[:, None]
         b1 = tl.where(valid & has1[None, :], d1, 0.0)
-        x1 = _load(base, rows, stride, length, columns, has1, PADDED, True).to(tl.float32)
+        x1 = _load(base, rows, stride, length, columns, has1, PADDED1, True).to(tl.float32)
         x2 = x1
         if SECOND:
             b2 = tl.where(valid & has2[None, :], d2, 0.0)
-            x2 = _load(base, rows, stride, length, others, has2, PADDED, True).to(tl.float32)
+            x2 = _load(base, rows, stride, length, others, has2, PADDED2, True).to(tl.float32)
         x1, x2, rstd = _statistics(x1, x2, has1, has2, eps, HEAD_DIM, SECOND, RMS)
         x1 *= rstd[:, None]  # normalised values
         g1 = _scaled(b1, weight, None, columns, has1)
@@ -262,9 +265,10 @@ def _sequence(cu_seqlens, b, length, stride_b, stride_n):
     """(offset of image b's first token, its length, its row among all tokens)."""
     if cu_seqlens is None:
         return b.to(tl.int64) * stride_b, length, b.to(tl.int64) * length
-    first = tl.load(cu_seqlens + b).to(tl.int64)
-    last = tl.load(cu_seqlens + b + 1).to(tl.int64)
-    return first * stride_n, (last - first).to(tl.int32), first
+    else:
+        first = tl.load(cu_seqlens + b).to(tl.int64)
+        last = tl.load(cu_seqlens + b + 1).to(tl.int64)
+        return first * stride_n, (last - first).to(tl.int32), first
 
 
 @jit
@@ -316,14 +320,15 @@ def _attend(
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
     l = l * shrink + tl.sum(p, axis=1)
-    V_PADDED: tl.constexpr = V_FIRST + V_SECOND != HEAD_DIM
+    PADDED1: tl.constexpr = HEAD_DIM < V_FIRST
+    PADDED2: tl.constexpr = HEAD_DIM != V_FIRST + V_SECOND
     columns, exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 0)
-    v1 = _load(v, keys, k_n, length, columns, exists, V_PADDED, MASKED)
+    v1 = _load(v, keys, k_n, length, columns, exists, PADDED1, MASKED)
     p = p.to(v1.dtype)
     o1 = tl.dot(p, v1, acc=o1 * shrink[:, None], input_precision=PRECISION)
     if V_SECOND:
         columns, exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 1)
-        v2 = _load(v, keys, k_n, length, columns, exists, V_PADDED, MASKED)
+        v2 = _load(v, keys, k_n, length, columns, exists, PADDED2, MASKED)
         o2 = tl.dot(p, v2, acc=o2 * shrink[:, None], input_precision=PRECISION)
     return new, l, o1, o2
 
@@ -334,7 +339,7 @@ def forward_kernel(
     k,  # [B, Nk, H, d] by strides
     v,  # [B, Nk, H, d] by strides
     out,  # [B, Nq, H, d] contiguous
-    lse,  # [H, B * Nq] float32, in base 2, or None
+    stats,  # [2, H, B * Nq] float32: largest logit, in base 2, and sum; or None
     q_weight,  # [d] or None, as the three that follow
     q_bias,
     k_weight,
@@ -352,7 +357,7 @@ def forward_kernel(
     H,
     Nq,
     Nk,
-    total,  # rows of lse: all tokens
+    total,  # rows of stats: all tokens
     blocks,  # of queries, a head
     skipped,  # prefix tokens without rotation
     scale,  # times log2(e)
@@ -414,17 +419,16 @@ def forward_kernel(
         )  # fmt: skip
     if key_mask is not None:  # a query without keys: zero
         l = tl.where(l == 0.0, 1.0, l)
+        m = tl.where(m == float("-inf"), 0.0, m)
     o1 = o1 / l[:, None]
     if V_SECOND:
         o2 = o2 / l[:, None]
     out += q_row * H * HEAD_DIM + tl.multiple_of(h * HEAD_DIM, HEAD_ALIGN)
     _store_head(out, rows, H * HEAD_DIM, q_length, o1, o2, HEAD_DIM, V_FIRST, V_SECOND, "")
-    if lse is not None:
-        value = m + tl.log2(l)
-        if key_mask is not None:
-            value = tl.where(m == float("-inf"), 0.0, value)
-        place = lse + h.to(tl.int64) * total + q_row + rows
-        tl.store(place, value, mask=rows < q_length)
+    if stats is not None:
+        stats += h.to(tl.int64) * total + q_row
+        tl.store(stats + rows, m, mask=rows < q_length)
+        tl.store(stats + tl.cast(H, tl.int64) * total + rows, l, mask=rows < q_length)
 
 
 @jit
@@ -504,20 +508,21 @@ def backward_kernel(
     dk += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
     dv += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
 
-    V_PADDED: tl.constexpr = V_FIRST + V_SECOND != HEAD_DIM
+    PADDED1: tl.constexpr = HEAD_DIM < V_FIRST
+    PADDED2: tl.constexpr = HEAD_DIM != V_FIRST + V_SECOND
     keys = tl.arange(0, BLOCK_N)
     k1, k2 = _load_head(
         k, keys, k_n, k_length, k_weight, k_bias, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS, True,
     )  # fmt: skip
     v_columns, v_exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 0)
-    v1 = _load(v, keys, k_n, k_length, v_columns, v_exists, V_PADDED, True)
+    v1 = _load(v, keys, k_n, k_length, v_columns, v_exists, PADDED1, True)
     v2 = v1
     w_columns = v_columns
     w_exists = v_exists
     if V_SECOND:
         w_columns, w_exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 1)
-        v2 = _load(v, keys, k_n, k_length, w_columns, w_exists, V_PADDED, True)
+        v2 = _load(v, keys, k_n, k_length, w_columns, w_exists, PADDED2, True)
     kept = keys < k_length
     if key_mask is not None:
         key_mask += b.to(tl.int64) * Nk
@@ -546,10 +551,10 @@ def backward_kernel(
             q, rows, q_n, q_length, q_weight, q_bias, sin, cos, skipped, eps,
             HEAD_DIM, FIRST, SECOND, ROPE, RMS, True,
         )  # fmt: skip
-        do1 = _load(dout, rows, dout_n, q_length, v_columns, v_exists, V_PADDED, True)
+        do1 = _load(dout, rows, dout_n, q_length, v_columns, v_exists, PADDED1, True)
         do2 = do1
         if V_SECOND:
-            do2 = _load(dout, rows, dout_n, q_length, w_columns, w_exists, V_PADDED, True)
+            do2 = _load(dout, rows, dout_n, q_length, w_columns, w_exists, PADDED2, True)
         s = _product(k1, q1, k2, q2, SECOND, PRECISION) * scale
         s = tl.where(kept[:, None], s, float("-inf"))
         m = tl.max(s, axis=0)
@@ -587,12 +592,13 @@ def backward_kernel(
                 sum_w2 += tl.sum(w2, axis=0)
                 sum_b2 += tl.sum(b2, axis=0)
 
+    # First, as the way back through norm and rotation needs registers.
+    _store_head(dv, keys, dk_n, k_length, dv1, dv2, HEAD_DIM, V_FIRST, V_SECOND, "")
     dk1, dk2, w1, w2, b1, b2 = _head_gradient(
         dk1 * factor, dk2 * factor, k, keys, k_n, k_length, k_weight, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS,
     )  # fmt: skip
     _store_head(dk, keys, dk_n, k_length, dk1, dk2, HEAD_DIM, FIRST, SECOND, ROPE)
-    _store_head(dv, keys, dk_n, k_length, dv1, dv2, HEAD_DIM, V_FIRST, V_SECOND, "")
     if partial is not None:
         partial += pid.to(tl.int64) * 4 * HEAD_DIM
         _store_sums(partial, sum_w1, sum_w2, sum_b1, sum_b2, HEAD_DIM, FIRST, SECOND, ROPE)
@@ -610,7 +616,8 @@ def _query_step(
     q2,
     do1,
     do2,
-    lse,
+    row_max,
+    row_sum,
     delta,
     k,
     v,
@@ -640,19 +647,21 @@ def _query_step(
         k, keys, k_n, length, k_weight, k_bias, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS, MASKED,
     )  # fmt: skip
-    p = tl.exp2(_product(q1, k1, q2, k2, SECOND, PRECISION) * scale - lse[:, None])
+    p = tl.exp2(_product(q1, k1, q2, k2, SECOND, PRECISION) * scale - row_max[:, None])
+    p = p * (1.0 / row_sum)[:, None]
     if MASKED:
         p = tl.where((keys < length)[None, :], p, 0.0)
     if key_mask is not None:
         kept = tl.load(key_mask + keys, mask=keys < length, other=0)
         p = tl.where((kept != 0)[None, :], p, 0.0)
-    V_PADDED: tl.constexpr = V_FIRST + V_SECOND != HEAD_DIM
+    PADDED1: tl.constexpr = HEAD_DIM < V_FIRST
+    PADDED2: tl.constexpr = HEAD_DIM != V_FIRST + V_SECOND
     columns, exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 0)
-    v1 = _load(v, keys, k_n, length, columns, exists, V_PADDED, MASKED)
+    v1 = _load(v, keys, k_n, length, columns, exists, PADDED1, MASKED)
     v2 = v1
     if V_SECOND:
         columns, exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 1)
-        v2 = _load(v, keys, k_n, length, columns, exists, V_PADDED, MASKED)
+        v2 = _load(v, keys, k_n, length, columns, exists, PADDED2, MASKED)
     dp = _product(do1, v1, do2, v2, V_SECOND, PRECISION)
     ds = (p * (dp - delta[:, None])).to(k1.dtype)
     dq1 = tl.dot(ds, k1, acc=dq1, input_precision=PRECISION)
@@ -668,7 +677,7 @@ def backward_query_kernel(
     v,
     dout,
     out,  # [B, Nq, H, d] contiguous
-    lse,  # [H, B * Nq] float32, in base 2
+    stats,  # [2, H, B * Nq] float32: largest logit, in base 2, and sum
     dq,
     delta,  # [H, B * Nq] float32: rowsum(dout * out), for backward_key_kernel
     partial,  # [programs, 2, d] float32: d_weight and d_bias of q; None without norms
@@ -734,7 +743,8 @@ def backward_query_kernel(
     dout += dout_first + tl.multiple_of(h64 * dout_h, HEAD_ALIGN)
     dq += dq_first + tl.multiple_of(h64 * dq_h, HEAD_ALIGN)
     out += q_row * H * HEAD_DIM + tl.multiple_of(h * HEAD_DIM, HEAD_ALIGN)
-    lse += h64 * total + q_row
+    stats += h64 * total + q_row
+    sums = stats + tl.cast(H, tl.int64) * total
     delta += h64 * total + q_row
     if key_mask is not None:
         key_mask += b.to(tl.int64) * Nk
@@ -744,19 +754,21 @@ def backward_query_kernel(
         q, rows, q_n, q_length, q_weight, q_bias, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS, True,
     )  # fmt: skip
-    V_PADDED: tl.constexpr = V_FIRST + V_SECOND != HEAD_DIM
+    PADDED1: tl.constexpr = HEAD_DIM < V_FIRST
+    PADDED2: tl.constexpr = HEAD_DIM != V_FIRST + V_SECOND
     columns, exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 0)
-    do1 = _load(dout, rows, dout_n, q_length, columns, exists, V_PADDED, True)
-    o = _load(out, rows, H * HEAD_DIM, q_length, columns, exists, V_PADDED, True)
+    do1 = _load(dout, rows, dout_n, q_length, columns, exists, PADDED1, True)
+    o = _load(out, rows, H * HEAD_DIM, q_length, columns, exists, PADDED1, True)
     row_delta = tl.sum(do1.to(tl.float32) * o.to(tl.float32), axis=1)
     do2 = do1
     if V_SECOND:
         columns, exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 1)
-        do2 = _load(dout, rows, dout_n, q_length, columns, exists, V_PADDED, True)
-        o = _load(out, rows, H * HEAD_DIM, q_length, columns, exists, V_PADDED, True)
+        do2 = _load(dout, rows, dout_n, q_length, columns, exists, PADDED2, True)
+        o = _load(out, rows, H * HEAD_DIM, q_length, columns, exists, PADDED2, True)
         row_delta += tl.sum(do2.to(tl.float32) * o.to(tl.float32), axis=1)
     tl.store(delta + rows, row_delta, mask=rows < q_length)
-    row_lse = tl.load(lse + rows, mask=rows < q_length, other=0.0)
+    row_max = tl.load(stats + rows, mask=rows < q_length, other=0.0)
+    row_sum = tl.load(sums + rows, mask=rows < q_length, other=1.0)
 
     dq1 = tl.zeros([BLOCK_M, FIRST], dtype=tl.float32)
     dq2 = dq1
@@ -765,14 +777,14 @@ def backward_query_kernel(
     whole = k_length // BLOCK_N * BLOCK_N
     for start in range(0, whole, BLOCK_N):
         dq1, dq2 = _query_step(
-            dq1, dq2, q1, q2, do1, do2, row_lse, row_delta, k, v,
+            dq1, dq2, q1, q2, do1, do2, row_max, row_sum, row_delta, k, v,
             start + tl.arange(0, BLOCK_N), key_mask, k_n, k_length, k_weight, k_bias, sin, cos,
             skipped, scale, eps,
             HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, False, PRECISION,
         )  # fmt: skip
     if TAIL:
         dq1, dq2 = _query_step(
-            dq1, dq2, q1, q2, do1, do2, row_lse, row_delta, k, v,
+            dq1, dq2, q1, q2, do1, do2, row_max, row_sum, row_delta, k, v,
             whole + tl.arange(0, TAIL), key_mask, k_n, k_length, k_weight, k_bias, sin, cos,
             skipped, scale, eps,
             HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, True, PRECISION,
@@ -796,7 +808,7 @@ def backward_key_kernel(
     k,
     v,
     dout,
-    lse,  # [H, B * Nq] float32, in base 2
+    stats,  # [2, H, B * Nq] float32: largest logit, in base 2, and sum
     delta,  # [H, B * Nq] float32
     dk,
     dv,
@@ -843,7 +855,7 @@ def backward_key_kernel(
 ):
     """dk and dv of one block of keys, over all queries; logits transposed as in backward_kernel.
 
-    Queries beyond the last have q = dout = lse = delta = 0: p = 1 then meets zeros only.
+    Queries beyond the last have q = dout = delta = 0, and a largest logit of 0: p = 1 meets zeros.
     """
     pid = tl.program_id(0)
     block = pid % blocks
@@ -865,7 +877,8 @@ def backward_key_kernel(
     dout += dout_first + tl.multiple_of(h64 * dout_h, HEAD_ALIGN)
     dk += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
     dv += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
-    lse += h64 * total + q_row
+    stats += h64 * total + q_row
+    sums = stats + tl.cast(H, tl.int64) * total
     delta += h64 * total + q_row
 
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -873,15 +886,16 @@ def backward_key_kernel(
         k, keys, k_n, k_length, k_weight, k_bias, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS, True,
     )  # fmt: skip
-    V_PADDED: tl.constexpr = V_FIRST + V_SECOND != HEAD_DIM
+    PADDED1: tl.constexpr = HEAD_DIM < V_FIRST
+    PADDED2: tl.constexpr = HEAD_DIM != V_FIRST + V_SECOND
     v_columns, v_exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 0)
-    v1 = _load(v, keys, k_n, k_length, v_columns, v_exists, V_PADDED, True)
+    v1 = _load(v, keys, k_n, k_length, v_columns, v_exists, PADDED1, True)
     v2 = v1
     w_columns = v_columns
     w_exists = v_exists
     if V_SECOND:
         w_columns, w_exists = _columns(HEAD_DIM, V_FIRST, V_SECOND, "", 1)
-        v2 = _load(v, keys, k_n, k_length, w_columns, w_exists, V_PADDED, True)
+        v2 = _load(v, keys, k_n, k_length, w_columns, w_exists, PADDED2, True)
     kept = keys < k_length
     if key_mask is not None:
         key_mask += b.to(tl.int64) * Nk
@@ -901,14 +915,16 @@ def backward_key_kernel(
             q, rows, q_n, q_length, q_weight, q_bias, sin, cos, skipped, eps,
             HEAD_DIM, FIRST, SECOND, ROPE, RMS, True,
         )  # fmt: skip
-        row_lse = tl.load(lse + rows, mask=rows < q_length, other=0.0)
-        p = tl.exp2(_product(k1, q1, k2, q2, SECOND, PRECISION) * scale - row_lse[None, :])
+        row_max = tl.load(stats + rows, mask=rows < q_length, other=0.0)
+        row_sum = tl.load(sums + rows, mask=rows < q_length, other=1.0)
+        p = tl.exp2(_product(k1, q1, k2, q2, SECOND, PRECISION) * scale - row_max[None, :])
+        p = p * (1.0 / row_sum)[None, :]
         if key_mask is not None:
             p = tl.where(kept[:, None], p, 0.0)
-        do1 = _load(dout, rows, dout_n, q_length, v_columns, v_exists, V_PADDED, True)
+        do1 = _load(dout, rows, dout_n, q_length, v_columns, v_exists, PADDED1, True)
         do2 = do1
         if V_SECOND:
-            do2 = _load(dout, rows, dout_n, q_length, w_columns, w_exists, V_PADDED, True)
+            do2 = _load(dout, rows, dout_n, q_length, w_columns, w_exists, PADDED2, True)
         p_low = p.to(q1.dtype)
         dv1 = tl.dot(p_low, do1, acc=dv1, input_precision=PRECISION)
         if V_SECOND:
@@ -921,12 +937,13 @@ def backward_key_kernel(
             dk2 = tl.dot(ds, q2, acc=dk2, input_precision=PRECISION)
 
     factor = scale * 0.6931471805599453  # without log2(e)
+    # First, as the way back through norm and rotation needs registers.
+    _store_head(dv, keys, dk_n, k_length, dv1, dv2, HEAD_DIM, V_FIRST, V_SECOND, "")
     dk1, dk2, w1, w2, b1, b2 = _head_gradient(
         dk1 * factor, dk2 * factor, k, keys, k_n, k_length, k_weight, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS,
     )  # fmt: skip
     _store_head(dk, keys, dk_n, k_length, dk1, dk2, HEAD_DIM, FIRST, SECOND, ROPE)
-    _store_head(dv, keys, dk_n, k_length, dv1, dv2, HEAD_DIM, V_FIRST, V_SECOND, "")
     if partial is not None:
         _store_sums(
             partial + pid.to(tl.int64) * 2 * HEAD_DIM, tl.sum(w1, axis=0), tl.sum(w2, axis=0),

@@ -160,13 +160,13 @@ class _Call:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, scale: float, need_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, options: Options, scale: float, need_stats: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Nq, H*d] or [total, H*d], lse [H, tokens] or empty), in one launch."""
+    """(out [B, Nq, H*d] or [total, H*d], stats [2, H, tokens] or empty), in one launch."""
     call = _Call(q, k, v, options, scale)
     out = q.new_empty((*q.shape[:-2], call.heads * call.head_dim))
-    lse = torch.empty(
-        (call.heads, call.total) if need_lse else 0, dtype=torch.float32, device=q.device
+    stats = torch.empty(
+        (2, call.heads, call.total) if need_stats else 0, dtype=torch.float32, device=q.device
     )
     config = forward_config(
         call.programs,
@@ -184,7 +184,7 @@ def forward(
         k,
         v,
         out,
-        lse if need_lse else None,
+        stats if need_stats else None,
         *call.extras,
         *strides(q, k),
         call.heads,
@@ -203,7 +203,7 @@ def forward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, lse
+    return out, stats
 
 
 def backward(
@@ -212,7 +212,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    stats: Tensor | None,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -221,12 +221,12 @@ def backward(
 ) -> Tensor:
     """Fill dq, dk and dv; the norms' gradients [4, d], or [0, d] without norms.
 
-    Without `out` and `lse` of the forward pass in one launch, with them in two.
+    Without `out` and `stats` of the forward pass in one launch, with them in two.
     """
     call = _Call(q, k, v, options, scale)
     dout = rows_dense(dout).unflatten(-1, (call.heads, call.head_dim))
     sizes = (call.heads, call.queries, call.keys)
-    if out is None or lse is None:
+    if out is None or stats is None:
         config = backward_config(call.keys, call.head_dim, q.dtype)
         partial = call.partial(call.programs, 4)
         launch(
@@ -254,7 +254,7 @@ def backward(
             num_stages=config.num_stages,
         )
         return call.params(partial)
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(stats[0])
     config = query_config(call.head_dim, q.dtype)
     blocks = cdiv(call.queries, config.block_m)
     q_partial = call.partial(call.programs * blocks, 2)
@@ -266,7 +266,7 @@ def backward(
         v,
         dout,
         out,
-        lse,
+        stats,
         dq,
         delta,
         q_partial,
@@ -296,7 +296,7 @@ def backward(
         k,
         v,
         dout,
-        lse,
+        stats,
         delta,
         dk,
         dv,

@@ -30,39 +30,41 @@ from .._op import (
     wants_grad,
 )
 from .launch import MAX_HEAD_DIM, backward, forward, rows_dense, single_pass
-from .reference import Options, packed, probabilities, sdpa, statistics
+from .reference import Options, packed, probabilities, saved, sdpa
 
 
-def reference(q: Tensor, kv: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor]:
+def reference(q: Tensor, kv: Tensor, scale: float, need_stats: bool) -> tuple[Tensor, Tensor]:
     """The definition, accumulated in float32 (float64 for float64 arguments)."""
     acc = accumulate_dtype(q, kv)
     k, v = kv.to(acc).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, d]
-    p, lse = probabilities(q.to(acc).transpose(1, 2), k, None, scale)
-    return packed(p @ v, None).to(kv.dtype), statistics(lse, None, need_lse)
+    p, stats = probabilities(q.to(acc).transpose(1, 2), k, None, scale)
+    return packed(p @ v, None).to(kv.dtype), saved(stats, None, need_stats)
 
 
-def portable(q: Tensor, kv: Tensor, scale: float, need_lse: bool = False) -> tuple[Tensor, Tensor]:
+def portable(
+    q: Tensor, kv: Tensor, scale: float, need_stats: bool = False
+) -> tuple[Tensor, Tensor]:
     """PyTorch's own attention."""
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     q = q.transpose(1, 2)
-    lse = q.new_empty(0)
-    if need_lse:
+    stats = q.new_empty(0)
+    if need_stats:
         acc = accumulate_dtype(q)
-        lse = probabilities(q.to(acc), k.to(acc), None, scale)[1]
-    return packed(sdpa(q, k, v, None, scale), None), statistics(lse, None, need_lse)
+        stats = probabilities(q.to(acc), k.to(acc), None, scale)[1]
+    return packed(sdpa(q, k, v, None, scale), None), saved(stats, None, need_stats)
 
 
-def launch_forward(q: Tensor, kv: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor]:
+def launch_forward(q: Tensor, kv: Tensor, scale: float, need_stats: bool) -> tuple[Tensor, Tensor]:
     """One launch of the forward kernel."""
-    return forward(rows_dense(q), *rows_dense(kv).unbind(2), Options(), scale, need_lse)
+    return forward(rows_dense(q), *rows_dense(kv).unbind(2), Options(), scale, need_stats)
 
 
-def fake(q: Tensor, kv: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor]:
+def fake(q: Tensor, kv: Tensor, scale: float, need_stats: bool) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the outputs."""
     batch, queries, heads, head_dim = q.shape
-    lse = (heads, batch * queries) if need_lse else (0,)
+    stats = (2, heads, batch * queries) if need_stats else (0,)
     out = kv.new_empty(batch, queries, heads * head_dim)
-    return out, kv.new_empty(lse, dtype=accumulate_dtype(kv))
+    return out, kv.new_empty(stats, dtype=accumulate_dtype(kv))
 
 
 def samples(size: str) -> Iterable[Sample]:
@@ -72,13 +74,15 @@ def samples(size: str) -> Iterable[Sample]:
     else:
         shapes = ((64, 1, 196, 12, 64), (64, 1, 729, 16, 72))
     for batch, queries, tokens, heads, head_dim in shapes:
-        for need_lse in (False, True) if size == "tiny" else (False,):
-            label = f"B={batch} Q={queries} N={tokens} H={heads} d={head_dim}{' lse' * need_lse}"
+        for need_stats in (False, True) if size == "tiny" else (False,):
+            label = (
+                f"B={batch} Q={queries} N={tokens} H={heads} d={head_dim}{' stats' * need_stats}"
+            )
             args: dict[str, Arg | None] = {
                 "q": Arg((batch, queries, heads, head_dim)),
                 "kv": Arg((batch, tokens, 2, heads, head_dim)),
             }
-            yield Sample(label, args, {"scale": head_dim**-0.5, "need_lse": need_lse})
+            yield Sample(label, args, {"scale": head_dim**-0.5, "need_stats": need_stats})
 
 
 def to_public(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -91,9 +95,9 @@ def flops(q: Tensor, kv: Tensor, **_: Any) -> int:
     return 4 * q.numel() * kv.shape[1]
 
 
-def bytes_moved(q: Tensor, kv: Tensor, need_lse: bool, **_: Any) -> int:
+def bytes_moved(q: Tensor, kv: Tensor, need_stats: bool, **_: Any) -> int:
     """q and kv in, one row a query out."""
-    return total_bytes(q, kv, q) + (4 * q.numel() // q.shape[-1] if need_lse else 0)
+    return total_bytes(q, kv, q) + (8 * q.numel() // q.shape[-1] if need_stats else 0)
 
 
 ATTENTION_POOL = define(
@@ -111,9 +115,9 @@ ATTENTION_POOL = define(
 
 
 def backward_reference(
-    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, lse: Tensor | None, scale: float
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, stats: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(dq, dkv); `out` and `lse` of the forward pass only spare a kernel work."""
+    """(dq, dkv); `out` and `stats` of the forward pass only spare a kernel work."""
     acc = accumulate_dtype(dout, q, kv)
     k, v = kv.to(acc).permute(2, 0, 3, 1, 4).unbind(0)
     queries = q.to(acc).transpose(1, 2)
@@ -130,7 +134,7 @@ def backward_reference(
 
 
 def backward_portable(
-    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, lse: Tensor | None, scale: float
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, stats: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own attention forward and, by autograd, backward."""
     q, kv = q.detach().requires_grad_(), kv.detach().requires_grad_()
@@ -141,17 +145,17 @@ def backward_portable(
 
 
 def backward_launch(
-    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, lse: Tensor | None, scale: float
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, stats: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """One launch without `out` and `lse`, two with them."""
+    """One launch without `out` and `stats`, two with them."""
     dq, dkv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, kv))
     kv = rows_dense(kv)
-    backward(dout, rows_dense(q), *kv.unbind(2), out, lse, dq, *dkv.unbind(2), Options(), scale)
+    backward(dout, rows_dense(q), *kv.unbind(2), out, stats, dq, *dkv.unbind(2), Options(), scale)
     return dq, dkv
 
 
 def backward_fake(
-    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, lse: Tensor | None, scale: float
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, stats: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the outputs."""
     return q.new_empty(q.shape), kv.new_empty(kv.shape)
@@ -164,22 +168,22 @@ def backward_samples(size: str) -> Iterable[Sample]:
         assert q is not None
         assert kv is not None
         batch, queries, heads, head_dim = q.shape
-        need_lse = sample.options["need_lse"]
+        need_stats = sample.options["need_stats"]
         if size == "vit":
-            need_lse = not single_pass(kv.shape[1], head_dim, torch.bfloat16)
+            need_stats = not single_pass(kv.shape[1], head_dim, torch.bfloat16)
         yield Sample(
-            sample.label + " lse" * (need_lse and size == "vit"),
+            sample.label + " stats" * (need_stats and size == "vit"),
             {"dout": Arg((batch, queries, heads * head_dim)), "q": q, "kv": kv}
-            | {"out": None, "lse": None},
+            | {"out": None, "stats": None},
             {"scale": sample.options["scale"]},
-            derive=saved_by_forward if need_lse else None,
+            derive=saved_by_forward if need_stats else None,
         )
 
 
 def saved_by_forward(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the forward pass with these arguments keeps for two launches backward."""
-    out, lse = reference(arguments["q"], arguments["kv"], arguments["scale"], True)
-    return {"out": out, "lse": lse}
+    out, stats = reference(arguments["q"], arguments["kv"], arguments["scale"], True)
+    return {"out": out, "stats": stats}
 
 
 def backward_flops(q: Tensor, kv: Tensor, **_: Any) -> int:
@@ -188,10 +192,10 @@ def backward_flops(q: Tensor, kv: Tensor, **_: Any) -> int:
 
 
 def backward_bytes_moved(
-    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, lse: Tensor | None, **_: Any
+    dout: Tensor, q: Tensor, kv: Tensor, out: Tensor | None, stats: Tensor | None, **_: Any
 ) -> int:
     """Gradient, q, kv and what was saved in; the gradients of q and kv out."""
-    return total_bytes(dout, q, kv, out, lse, q, kv)
+    return total_bytes(dout, q, kv, out, stats, q, kv)
 
 
 ATTENTION_POOL_BACKWARD = define(
@@ -211,17 +215,17 @@ ATTENTION_POOL_BACKWARD = define(
 class _AttentionPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, scale):  # type: ignore[no-untyped-def]
-        need_lse = not single_pass(kv.shape[1], kv.shape[-1], kv.dtype)
-        out, lse = ATTENTION_POOL.call(q, kv, scale, need_lse)
-        ctx.save_for_backward(q, kv, *((out, lse) if need_lse else (None, None)))
+        need_stats = not single_pass(kv.shape[1], kv.shape[-1], kv.dtype)
+        out, stats = ATTENTION_POOL.call(q, kv, scale, need_stats)
+        ctx.save_for_backward(q, kv, *((out, stats) if need_stats else (None, None)))
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        q, kv, out, lse = ctx.saved_tensors
-        dq, dkv = ATTENTION_POOL_BACKWARD.call(dout, q, kv, out, lse, ctx.scale)
+        q, kv, out, stats = ctx.saved_tensors
+        dq, dkv = ATTENTION_POOL_BACKWARD.call(dout, q, kv, out, stats, ctx.scale)
         return (*(d if n else None for d, n in zip((dq, dkv), ctx.needs_input_grad)), None)
 
 
@@ -246,6 +250,8 @@ def attention_pool(
     check_floating("attention_pool", q=q, kv=kv)
     check_shape("attention_pool", "kv", kv, "B", "N", 2, "H", "d")
     check_shape("attention_pool", "q", q, kv.shape[0], "Q", kv.shape[3], kv.shape[4])
+    if kv.shape[1] == 0:
+        raise ValueError("attention_pool: kv must hold at least one token")
     head_dim = kv.shape[4]
     scale = head_dim**-0.5 if scale is None else scale
     unfit = None

@@ -37,7 +37,7 @@ class QKNorm(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary position embedding: angles [L, d / 2] of the last L tokens; those before aren't turned.
+    """Rotary position embedding: angles [L, d / 2] of the last L tokens, the only ones to turn.
 
     interleaved: pairs are neighbours (0, 1), (2, 3), ... as in EVA; otherwise halves, (0, d / 2),
         (1, d / 2 + 1), ... as in DINOv3.
@@ -97,25 +97,36 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor, options: Options) -> Tensor:
     return torch.cat([prefix, turned.flatten(-2)], -2)
 
 
-def heads(qkv: Tensor, options: Options, acc: torch.dtype | None) -> Heads:
-    """Norm, rotate and pad; in `acc`, or by ATen's norm in the input's dtype where that is None."""
-    qkv, options, index = pad(qkv if acc is None else qkv.to(acc), options)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask = options[:7]
-    eps, rms = options.eps, options.rms
+def prepare(
+    q: Tensor, k: Tensor, options: Options, acc: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Norm and rotate queries and keys [..., N, d]; in `acc`, which is then their dtype, or by
+    ATen's norm in their own dtype where that is None.
+    """
+    q_weight, q_bias, k_weight, k_bias, sin, cos = options[:6]
+    eps, rms, dtype = options.eps, options.rms, q.dtype
     if q_weight is not None and k_weight is not None:
         if acc is None:
-            q = _norm.aten_norm(q, q_weight, q_bias, eps, rms).to(v.dtype)
-            k = _norm.aten_norm(k, k_weight, k_bias, eps, rms).to(v.dtype)
+            q = _norm.aten_norm(q, q_weight, q_bias, eps, rms).to(dtype)
+            k = _norm.aten_norm(k, k_weight, k_bias, eps, rms).to(dtype)
         else:
             q = _norm.normalise(q, eps, rms)[0] * q_weight.to(acc)
             k = _norm.normalise(k, eps, rms)[0] * k_weight.to(acc)
             q = q if q_bias is None else q + q_bias.to(acc)
             k = k if k_bias is None else k + k_bias.to(acc)
     if sin is not None and cos is not None:
-        turn = acc or torch.promote_types(sin.dtype, v.dtype)
-        q, k = (rotate(x.to(turn), sin.to(turn), cos.to(turn), options).to(v.dtype) for x in (q, k))
-    return Heads(q, k, v, None if key_mask is None else key_mask[:, None, None, :], index)
+        turn = acc or torch.promote_types(sin.dtype, dtype)
+        q, k = (rotate(x.to(turn), sin.to(turn), cos.to(turn), options).to(dtype) for x in (q, k))
+    return q, k
+
+
+def heads(qkv: Tensor, options: Options, acc: torch.dtype | None) -> Heads:
+    """Pad, norm and rotate; in `acc`, or by ATen's norm in the input's dtype where that is None."""
+    qkv, options, index = pad(qkv if acc is None else qkv.to(acc), options)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = prepare(q, k, options, acc)
+    mask = options.key_mask
+    return Heads(q, k, v, None if mask is None else mask[:, None, None, :], index)
 
 
 def packed(out: Tensor, index: Tensor | None) -> Tensor:
@@ -125,25 +136,27 @@ def packed(out: Tensor, index: Tensor | None) -> Tensor:
 
 
 def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """(softmax of the logits [B, H, Nq, Nk], log2 of the sum of exponentials [B, H, Nq]).
-
-    A query without keys has probabilities 0 and sum 1.
+    """Softmax of the logits [B, H, Nq, Nk]; and, [2, B, H, Nq], each query's largest logit times
+    log2(e) and its sum of exponentials. A query without keys has probabilities 0, and 0 and 1.
     """
     logits = q @ k.transpose(-2, -1) * scale
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    lse = logits.logsumexp(-1)
-    lse = lse.where(lse != float("-inf"), 0)
-    return (logits - lse[..., None]).exp(), lse / 0.6931471805599453
+    largest = logits.amax(-1, keepdim=True)
+    largest = largest.where(largest != float("-inf"), 0)
+    p = (logits - largest).exp()
+    total = p.sum(-1, keepdim=True)
+    total = total.where(total != 0, 1)
+    return p / total, torch.stack([largest / 0.6931471805599453, total])[..., 0]
 
 
-def statistics(lse: Tensor, index: Tensor | None, need_lse: bool) -> Tensor:
-    """[B, H, N] -> [H, tokens] float32 (float64 for float64), or empty."""
-    dtype = torch.promote_types(lse.dtype, torch.float32)
-    if not need_lse:
-        return lse.new_empty(0, dtype=dtype)
-    lse = lse.transpose(0, 1).flatten(1)
-    return (lse if index is None else lse[:, index]).to(dtype).contiguous()
+def saved(stats: Tensor, index: Tensor | None, need_stats: bool) -> Tensor:
+    """[2, B, H, N] -> [2, H, tokens] float32 (float64 for float64), or empty."""
+    dtype = torch.promote_types(stats.dtype, torch.float32)
+    if not need_stats:
+        return stats.new_empty(0, dtype=dtype)
+    stats = stats.transpose(1, 2).flatten(2)
+    return (stats if index is None else stats[..., index]).to(dtype).contiguous()
 
 
 def reference(
@@ -159,9 +172,9 @@ def reference(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
-    need_lse: bool,
+    scale: float,
+    need_stats: bool,
 ) -> tuple[Tensor, Tensor]:
     """The definition, accumulated in float32 (float64 for float64 arguments)."""
     acc = accumulate_dtype(qkv, q_weight, k_weight)
@@ -170,8 +183,8 @@ def reference(
         eps, rms, interleaved, max_seqlen,
     )  # fmt: skip
     q, k, v, mask, index = heads(qkv, options, acc)
-    p, lse = probabilities(q, k, mask, scale)
-    return packed(p @ v, index).to(qkv.dtype), statistics(lse, index, need_lse)
+    p, stats = probabilities(q, k, mask, scale)
+    return packed(p @ v, index).to(qkv.dtype), saved(stats, index, need_stats)
 
 
 def portable(
@@ -187,9 +200,9 @@ def portable(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
-    need_lse: bool = False,
+    scale: float,
+    need_stats: bool = False,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own attention on views, which picks a flash, cuDNN or plain kernel by itself."""
@@ -199,11 +212,11 @@ def portable(
     )  # fmt: skip
     q, k, v, mask, index = heads(qkv, options, None)
     out = sdpa(q, k, v, mask, scale, dropout_p)
-    lse = q.new_empty(0)
-    if need_lse:  # nobody asks for this but a test: no other implementation wants it
+    stats = q.new_empty(0)
+    if need_stats:  # nobody asks for this but a test: no other implementation wants it
         acc = accumulate_dtype(q)
-        _, lse = probabilities(q.to(acc), k.to(acc), mask, scale)
-    return packed(out, index), statistics(lse, index, need_lse)
+        _, stats = probabilities(q.to(acc), k.to(acc), mask, scale)
+    return packed(out, index), saved(stats, index, need_stats)
 
 
 def sdpa(
@@ -214,15 +227,12 @@ def sdpa(
     return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
-def sdpa_backend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
-) -> str:
-    """Name of the kernel that `sdpa` takes for these tensors, from PyTorch's own dispatcher."""
+def sdpa_backend(qkv: Tensor, options: Options, scale: float, dropout_p: float) -> str:
+    """Name of the kernel that PyTorch's own dispatcher takes for this call."""
     from torch.nn.attention import SDPBackend
 
-    number = torch._fused_sdp_choice(  # type: ignore[attr-defined]
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale
-    )
+    q, k, v, mask, _ = heads(qkv, options, None)
+    number = torch._fused_sdp_choice(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale)
     return SDPBackend(number).name.lower().removesuffix("_attention")
 
 
@@ -230,7 +240,7 @@ def backward_reference(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    stats: Tensor | None,
     q_weight: Tensor | None,
     q_bias: Tensor | None,
     k_weight: Tensor | None,
@@ -242,12 +252,12 @@ def backward_reference(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(dqkv, [dq_weight; dq_bias; dk_weight; dk_bias] as [4, d], or [0, d] without norms).
 
-    `out` and `lse` of the forward pass only spare a kernel work; the definition needs neither.
+    `out` and `stats` of the forward pass only spare a kernel work; the definition needs neither.
     """
     acc = accumulate_dtype(dout, qkv, q_weight)
     options = Options(
@@ -287,7 +297,7 @@ def backward_portable(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    stats: Tensor | None,
     q_weight: Tensor | None,
     q_bias: Tensor | None,
     k_weight: Tensor | None,
@@ -299,8 +309,8 @@ def backward_portable(
     eps: float,
     rms: bool,
     interleaved: bool,
-    scale: float,
     max_seqlen: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own attention forward and, by autograd, backward."""
     if q_weight is not None:  # a bias that isn't there has the gradient of a zero
@@ -314,7 +324,7 @@ def backward_portable(
     with torch.enable_grad():
         result, _ = portable(
             wanted[0], *leaves[1:], sin, cos, key_mask, cu_seqlens,
-            eps, rms, interleaved, scale, max_seqlen,
+            eps, rms, interleaved, max_seqlen, scale,
         )  # fmt: skip
     dqkv, *params = torch.autograd.grad(result, wanted, dout)
     if q_weight is None:
