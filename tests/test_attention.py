@@ -1,4 +1,4 @@
-"""What is particular to attention: lengths, head sizes, hard logits, sequences, masks, far addresses."""
+"""What is particular to attention: lengths, head sizes, hard logits, sequences, masks, errors."""
 
 from typing import Any
 
@@ -97,7 +97,7 @@ def test_logits_beyond_float16(tokens: int, scale: float | None, kernel_device: 
 
 
 def test_an_outlier_token(kernel_device: str) -> None:
-    """One token a hundred times larger than the rest: as key it takes all, as query it overflows."""
+    """One token a hundred times larger than the rest: its own logit is 10,000 times larger."""
     for dtype in (torch.float32, torch.float16):
         qkv = normal(1, 37, 3, 1, 32, device=kernel_device)
         qkv[:, 7] *= 100
@@ -205,12 +205,14 @@ def test_one_launch_saves_nothing_but_its_input(kernel_device: str) -> None:
     kept: dict[int, list[torch.Size]] = {}
     for tokens in (50, 300):
         qkv = normal(1, tokens, 3, 1, 16, device=kernel_device).requires_grad_()
-        shapes: list[torch.Size] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, shapes=shapes: shapes.append(t.shape) or t, lambda t: t
-        ):
+        kept[tokens] = []
+
+        def note(t: Tensor, shapes: list[torch.Size] = kept[tokens]) -> Tensor:
+            shapes.append(t.shape)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             out = attention(qkv, impl="triton")
-        kept[tokens] = shapes
     assert kept[50] == [(1, 50, 3, 1, 16)]
     assert kept[300] == [(1, 300, 3, 1, 16), out.shape, (2, 1, 300)]
 

@@ -85,11 +85,13 @@ def test_quick_demo(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "device: CPU" in done.stdout
     assert "FAILED" not in done.stdout
-    picture, figures = tmp_path / "new" / "demo.png", tmp_path / "new" / "demo.json"
-    assert str(picture) in done.stdout
+    figures = tmp_path / "new" / "demo.json"
     assert str(figures) in done.stdout
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 50_000
+    for name, size in (("demo.png", 50_000), ("attention.png", 10_000)):
+        picture = tmp_path / "new" / name
+        assert str(picture) in done.stdout
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size > size
 
     found = json.loads(figures.read_text())
     assert set(found) == {"versions", "device", "seed", "digits", "photographs"}

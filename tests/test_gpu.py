@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vitkern
-from vitkern.kernels import add_layer_norm, layer_norm, patch_embed
+from vitkern.kernels import QKNorm, add_layer_norm, attention, layer_norm, patch_embed
 
 pytestmark = pytest.mark.gpu
 
@@ -21,10 +21,17 @@ def step(device: str = "cuda") -> tuple[torch.Tensor, ...]:
     tokens = patch_embed(images, weight, beta, pos, prefix, impl="triton")
     normed = layer_norm(tokens, gamma, beta, impl="triton")
     stream, out = add_layer_norm(tokens, normed, gamma, beta, layer_scale=scale, impl="triton")
+    norm = QKNorm(*normal(4, 16).unbind(0))
+    attended: list[torch.Tensor] = []
+    for length in (50, 300):  # backward in one launch, and in two
+        qkv = normal(1, length, 3, 2, 16)
+        for qk_norm in (None, norm):
+            result = attention(qkv, qk_norm=qk_norm, impl="triton")
+            attended += [result.detach(), *torch.autograd.grad(result.square().sum(), qkv)]
     grads = torch.autograd.grad(
         (out * stream).sum(), [images, weight, pos, prefix, gamma, beta, scale]
     )
-    return stream.detach(), out.detach(), *grads
+    return stream.detach(), out.detach(), *grads, *attended
 
 
 def assert_equal(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
@@ -77,7 +84,37 @@ def test_auto_takes_the_kernels() -> None:
     )
     rows = vitkern.explain(model, torch.randn(2, 3, 32, 32, device="cuda")).rows
     taken = {row.op: row.implementation for row in rows}
-    assert taken["patch_embed"] == taken["layer_norm"] == taken["add_layer_norm"] == "triton"
+    ours = ("patch_embed", "layer_norm", "add_layer_norm", "attention")
+    assert [taken[op] for op in ours] == ["triton"] * 4
+
+
+@pytest.mark.parametrize("tokens", [50, 300])
+def test_attention_forward_and_backward_in_a_cuda_graph(tokens: int) -> None:
+    qkv = torch.randn(2, tokens, 3, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([0, 20, tokens], dtype=torch.int32, device="cuda")
+
+    def both() -> tuple[torch.Tensor, ...]:
+        dense = attention(qkv, impl="triton")
+        ragged = attention(qkv[0], cu_seqlens=ends, max_seqlen=tokens, impl="triton")
+        return dense, ragged, *torch.autograd.grad(dense.sum() + ragged.sum(), qkv)
+
+    expected = both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_equal(captured, expected)
+
+
+def test_attention_of_more_heads_than_a_grid_axis_holds() -> None:
+    qkv = torch.randn(40_000, 2, 3, 2, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = attention(qkv, impl="triton")
+    (dqkv,) = torch.autograd.grad(out.sum(), qkv)
+    last = qkv.detach()[-3:].requires_grad_()
+    alone = attention(last, impl="triton")
+    assert_equal((out[-3:], dqkv[-3:]), (alone, *torch.autograd.grad(alone.sum(), last)))
 
 
 @pytest.mark.parametrize("autocast", [True, False])

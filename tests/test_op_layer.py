@@ -52,7 +52,7 @@ def test_an_option_can_rule_an_implementation_out() -> None:
 
 def test_implementations_are_named_in_the_order_auto_tries_them() -> None:
     assert list(LAYER_NORM.implementations) == ["triton", "torch", "reference"]
-    assert list(REGISTRY["attention"].implementations) == ["sdpa", "reference"]
+    assert list(REGISTRY["residual_add"].implementations) == ["torch", "reference"]
 
 
 def test_backward_ops_are_listed_beside_their_forward() -> None:

@@ -4,6 +4,7 @@ from vitkern._version import __version__
 from vitkern.config import PRESETS, ViTConfig
 from vitkern.eager import EagerViT
 from vitkern.explain import Explanation, explain
+from vitkern.maps import attention_rollout, plot_attention, token_map
 from vitkern.model import ViT, create_model
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "__version__",
+    "attention_rollout",
     "create_model",
     "explain",
+    "plot_attention",
+    "token_map",
 ]

@@ -94,7 +94,9 @@ def run(device: torch.device, out: Path, seed: int, sizes: Sizes, epochs: int | 
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
     draw(out / "demo.png", figures, learners, digits, photos)
-    console.print(f"\nwritten: {out / 'demo.png'}\n         {out / 'demo.json'}", soft_wrap=True)
+    draw_attention(out / "attention.png", learners[0], digits, device)
+    written = [str(out / name) for name in ("demo.png", "attention.png", "demo.json")]
+    console.print("\nwritten: " + "\n         ".join(written), soft_wrap=True)
 
     reached, failures = learned[OURS]["test_accuracy"], []
     if reached < sizes.accuracy:
@@ -482,6 +484,20 @@ def draw_digits(figure: Any, learner: Learner, images: Tensor, labels: Tensor) -
         axes.set(xticks=[], yticks=[])
         axes.set_xlabel(guess, color=color, size=12)
         axes.spines[:].set(visible=True, color=color)
+
+
+def draw_attention(path: Path, learner: Learner, digits: Split, device: torch.device) -> None:
+    """Where the model looks in a 0, 1, ... 4: the mean of its patches, as it has no class token."""
+    shown = [int((digits[3] == digit).nonzero()[0]) for digit in range(5)]
+    model: Any = learner.model
+    images = digits[2][shown]
+    maps = model.attention_maps(images.to(device))
+    looks = {
+        "last block": vitkern.token_map(maps[-1].mean(1), num_prefix_tokens=0),
+        "rollout": vitkern.token_map(vitkern.attention_rollout(maps), num_prefix_tokens=0),
+    }
+    labels = [f"read as {guess}" for guess in learner.predictions[shown]]
+    vitkern.plot_attention(255 - images, looks, path, labels=labels, interpolation="nearest")
 
 
 def draw_comparison(figure: Any, compared: dict[str, Any], photos: list[Any]) -> None:

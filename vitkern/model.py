@@ -12,8 +12,9 @@ The model never asks what device it is on; an op does.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from operator import index
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vitkern import kernels as ops
 from vitkern.config import POOLS, WEIGHT_INITS, ViTConfig, check_arguments
+from vitkern.kernels._op import accumulate_dtype
+from vitkern.kernels.attention.reference import Options, heads, probabilities
 from vitkern.kernels.patch_embed.reference import assemble
 from vitkern.layers import (
     ACTIVATIONS,
@@ -144,6 +147,23 @@ def mirror(images: Tensor, flip: Tensor | None) -> Tensor:
     return images if flip is None else torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
 
 
+def check_layers(layers: Iterable[int] | None, depth: int) -> list[int]:
+    """Numbers of the chosen blocks from 0, all if None; an error says what is expected."""
+    if layers is None:
+        return list(range(depth))
+    problem = f"layers must be one or more integers from {-depth} to {depth - 1}, got {layers!r}"
+    try:
+        given = list(layers)
+        chosen = [index(layer) for layer in given]
+    except TypeError:
+        raise TypeError(problem) from None
+    if any(isinstance(layer, bool) for layer in given):  # a mask would be read as blocks 0 and 1
+        raise TypeError(problem)
+    if not chosen or not all(-depth <= layer < depth for layer in chosen):
+        raise ValueError(problem)
+    return [layer % depth for layer in chosen]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -160,8 +180,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias, **dd)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+    def packed(self, x: Tensor) -> tuple[Tensor, ops.QKNorm | None]:
+        """qkv [B, N, 3, H, d] of tokens [B, N, D], and the norm that the op has still to apply."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q_norm, k_norm, norm = self.q_norm, self.k_norm, None
         if plain(q_norm, *NORMS) and plain(k_norm, type(q_norm)) and q_norm.eps == k_norm.eps:
@@ -171,6 +191,19 @@ class Attention(nn.Module):
         elif not (plain(q_norm, nn.Identity) and plain(k_norm, nn.Identity)):
             q, k, v = qkv.unbind(2)
             qkv = torch.stack([q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v], 2)
+        return qkv, norm
+
+    def maps(self, x: Tensor) -> Tensor:
+        """How much every token attends to every other: [B, N, D] -> float32 [B, H, N, N]."""
+        qkv, norm = self.packed(x)
+        options = Options(**({} if norm is None else norm._asdict()))
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, *_ = heads(qkv, options, accumulate_dtype(qkv, options.q_weight))
+            return probabilities(q, k, None, self.head_dim**-0.5)[0].float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        qkv, norm = self.packed(x)
         dropout_p = self.attn_drop.p if self.training else 0.0
         x = ops.attention(qkv, qk_norm=norm, dropout_p=dropout_p, impl=self.impl)
         return self.proj_drop(self.proj(x))
@@ -442,6 +475,47 @@ class ViT(nn.Module):
             ValueError: images of another shape; the text says which is expected.
         """
         return self.forward_head(self.forward_features(images, flip=flip))
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor, layers: Iterable[int] | None = None) -> Tensor:
+        """How much every token of the chosen blocks attends to every other.
+
+        As in evaluation, whatever the model's mode: dropout would only blur the maps. They are
+        computed by the op's definition and all kept in memory; blocks after the last one asked for
+        don't run. The model, its mode and the random numbers stay as they are, but hooks on `norm1`
+        and inside `attn` fire once more in a chosen block.
+
+        Args:
+            images: as for `forward`.
+            layers: numbers of the blocks, negative ones counted from the last; all if None.
+
+        Returns:
+            float32 [L, B, H, T + N, T + N], in the order of `layers`: the softmax of queries
+            (second to last dimension) over keys (last), with class and register tokens first.
+
+        Raises:
+            TypeError, ValueError: layers that aren't integers, that don't exist, or none.
+            ValueError: images of another shape; the text says which is expected.
+            AttributeError: a chosen block whose `attn` as a whole was replaced by another class.
+        """
+        chosen = check_layers(layers, len(self.blocks))
+        training = [module for module in self.modules() if module.training]
+        maps: dict[int, Tensor] = {}
+        block: Any
+        try:
+            for module in training:  # not by eval(): that of an adapter may merge its weights
+                module.training = False
+            x = self.embed(images)
+            for i, block in enumerate(self.blocks):
+                if i in chosen:
+                    maps[i] = block.attn.maps(block.norm1(x))
+                if i == max(chosen):
+                    break
+                x = block(x)
+        finally:
+            for module in training:
+                module.training = True
+        return torch.stack([maps[i] for i in chosen])
 
     # Weights
 

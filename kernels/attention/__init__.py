@@ -1,9 +1,9 @@
 """Self-attention over the packed qkv tensor, exactly as the qkv projection writes it.
 
-    q, k, v = qkv.unbind(-3);  q, k = norm(q), norm(k);  q, k = rotate(q), rotate(k)  (if asked for)
+    q, k, v = qkv.unbind(-3);  q, k = norm(q), norm(k);  q, k = rotate(q), rotate(k)    if asked
     out = softmax(q k^T * scale) v         per image and head, over the keys that take part
 
-Forward:  qkv [B, N, 3, H, d], or [total, 3, H, d] of images whose tokens begin at cu_seqlens [B + 1]
+Forward:  qkv [B, N, 3, H, d], or [total, 3, H, d] with images from cu_seqlens[b] to [b + 1]
     -> out [B, N, H*d] or [total, H*d], as the output projection reads it.
 Backward: with P = softmax(...), delta = rowsum(P * dP) = rowsum(dout * out):
     dv = P^T dout,  dP = dout v^T,  dS = P * (dP - delta),  dq = dS k * scale,  dk = dS^T q * scale,
@@ -25,7 +25,8 @@ second form, one or few queries against many keys, on the same kernels; rope.py 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ from .._op import (
     total_bytes,
     wants_grad,
 )
-from .launch import MAX_HEAD_DIM, backward, forward, rows_dense, single_pass
+from . import flash
+from .launch import MAX_HEAD_DIM, backward, forward, make_case, rows_dense, single_pass
 from .pool import attention_pool
 from .reference import (
     Options,
@@ -83,7 +85,8 @@ def launch_forward(
         q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
         eps, rms, interleaved, max_seqlen,
     )  # fmt: skip
-    return forward(*rows_dense(qkv).unbind(-3), options, scale, need_stats)
+    q, k, v = rows_dense(qkv).unbind(-3)
+    return forward(q, k, v, options, scale, need_stats)
 
 
 def fake(
@@ -165,7 +168,7 @@ def _sample(
     if isinstance(batch, tuple):
         shape: tuple[int, ...] = (batch[-1],)
         cu_seqlens: Arg | None = Arg((len(batch) + 1,), torch.int32, values=(0, *batch))
-        longest = max(b - a for a, b in zip((0, *batch), batch, strict=False))
+        longest = max(b - a for a, b in pairwise((0, *batch)))
         label = f"ends={batch}"
     else:
         shape, cu_seqlens, longest, label = (batch, tokens), None, 0, f"B={batch} N={tokens}"
@@ -240,6 +243,19 @@ def bytes_moved(
     return total_bytes(qkv) * 4 // 3 + small + rows
 
 
+def by_flash(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op by a FlashAttention package, in the form of `portable`."""
+
+    def run(
+        qkv: Tensor, *, scale: float, need_stats: bool = False, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if need_stats:
+            raise ValueError("attention: the FlashAttention packages hand out no statistics")
+        return flash.run(name, qkv, Options(**options), scale), qkv.new_empty(0)
+
+    return run
+
+
 ATTENTION = define(
     "attention",
     reference=reference,
@@ -251,6 +267,7 @@ ATTENTION = define(
     flops=flops,
     bytes_moved=bytes_moved,
     to_public=to_public,
+    peers={name: by_flash(name) for name in ("flash", *flash.NAMES)},
 )
 
 
@@ -279,9 +296,9 @@ def backward_launch(
         eps, rms, interleaved, max_seqlen,
     )  # fmt: skip
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    params = backward(
-        dout, *rows_dense(qkv).unbind(-3), out, stats, *dqkv.unbind(-3), options, scale
-    )
+    q, k, v = rows_dense(qkv).unbind(-3)
+    dq, dk, dv = dqkv.unbind(-3)
+    params = backward(dout, q, k, v, out, stats, dq, dk, dv, options, scale)
     return dqkv, params
 
 
@@ -310,6 +327,12 @@ def backward_fake(
     return qkv.new_empty(qkv.shape), params
 
 
+def needs_stats(qkv: Tensor, options: Options) -> bool:
+    """Whether backward, of this call on this device, takes two launches."""
+    keys = qkv.shape[1] if options.cu_seqlens is None else options.max_seqlen
+    return not single_pass(keys, make_case(qkv, options))
+
+
 def backward_samples(size: str) -> Iterable[Sample]:
     """The forward's samples with a gradient; with what was saved where it would be."""
     for sample in samples(size):
@@ -317,28 +340,27 @@ def backward_samples(size: str) -> Iterable[Sample]:
         qkv = args.pop("qkv")
         assert qkv is not None
         *tokens, _, heads, head_dim = qkv.shape
-        need_stats = options.pop("need_stats")
-        if size == "vit":
-            need_stats = not single_pass(tokens[-1], head_dim, torch.bfloat16)
+        tiny_stats = options.pop("need_stats")
         yield Sample(
-            sample.label + " stats" * (need_stats and size == "vit"),
-            {
-                "dout": Arg((*tokens, heads * head_dim)),
-                "qkv": qkv,
-                "out": None,
-                "stats": None,
-                **args,
-            },
+            sample.label,
+            {"dout": Arg((*tokens, heads * head_dim)), "qkv": qkv, "out": None, "stats": None}
+            | args,
             options,
-            derive=saved_by_forward if need_stats else None,
+            derive=saved_by_forward if tiny_stats else saved_if_needed if size == "vit" else None,
         )
 
 
 def saved_by_forward(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the forward pass with these arguments keeps for two launches backward."""
     inputs = {k: v for k, v in arguments.items() if k not in ("dout", "out", "stats")}
-    out, stats = reference(**inputs, need_stats=True)
+    out, stats = ATTENTION.call(**inputs, need_stats=True)
     return {"out": out, "stats": stats}
+
+
+def saved_if_needed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same, where backward would take two launches."""
+    options = Options(**{name: arguments[name] for name in Options._fields})
+    return saved_by_forward(arguments) if needs_stats(arguments["qkv"], options) else {}
 
 
 def backward_flops(qkv: Tensor, cu_seqlens: Tensor | None, **_: Any) -> int:
@@ -388,10 +410,9 @@ class _Attention(torch.autograd.Function):
         ctx, qkv, q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
         eps, rms, interleaved, max_seqlen, scale,
     ):  # fmt: skip
-        keys = qkv.shape[1] if cu_seqlens is None else max_seqlen
-        need_stats = not single_pass(keys, qkv.shape[-1], qkv.dtype)
         tensors = (q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
         options = (eps, rms, interleaved, max_seqlen, scale)
+        need_stats = needs_stats(qkv, Options(*tensors, *options[:4]))
         out, stats = ATTENTION.call(qkv, *tensors, *options, need_stats)
         ctx.save_for_backward(qkv, *((out, stats) if need_stats else (None, None)), *tensors)
         ctx.options = options
@@ -429,7 +450,7 @@ def sequence_length(cu_seqlens: Tensor, total: int, max_seqlen: int | None) -> i
         raise ValueError(f"{name} must start at 0, got {ends[0]}")
     if ends[-1] != total:
         raise ValueError(f"{name} must end at the {total} tokens of qkv, got {ends[-1]}")
-    lengths = [last - first for first, last in zip(ends, ends[1:], strict=False)]
+    lengths = [last - first for first, last in pairwise(ends)]
     if min(lengths) < 0:
         where = next(n for n, length in enumerate(lengths) if length < 0)
         raise ValueError(
@@ -471,8 +492,9 @@ def attention(
             checked; with CUDA tensors that waits for the GPU, which a CUDA graph doesn't allow.
         dropout_p: probability of dropping an attention weight; pass 0 outside training.
         impl: "auto"; "triton" (ours); "flash" (the newest FlashAttention package that is installed
-            and takes the call) or one by name: "flash2", "flash3", "flash4"; "sdpa" (PyTorch's own);
-            "reference".
+            and takes the call), or one by name: "flash2", "flash3", "flash4"; "sdpa" (PyTorch's
+            own); "reference". Gradients of "triton" are the same bits every time, those of a
+            package where ``torch.use_deterministic_algorithms`` asks for that.
 
     Returns:
         [B, N, H*d] or [total, H*d], contiguous, in the dtype of `qkv`.
@@ -536,8 +558,12 @@ def attention(
     unfit = {"triton": kernel_unfit(head_dim, sin, cos, dropout_p)}
     if dropout_p:
         unfit["reference"] = "it has no dropout"
+    if impl in ATTENTION.peers:  # what asking costs only such a call pays
+        unfit[impl] = flash.problem(impl, qkv, options, dropout_p)
 
     def detail(chosen: str) -> str | None:
+        if chosen in ATTENTION.peers:
+            return flash.describe(chosen, qkv, options, dropout_p)
         if chosen != "sdpa":
             return None
         return f"backend {sdpa_backend(qkv, options, scale, dropout_p)}"
@@ -547,6 +573,8 @@ def attention(
         if wants_grad(*tensors):
             return _Attention.apply(qkv, *options, scale)
         return ATTENTION.call(qkv, *options, scale, False)[0]
+    if chosen in ATTENTION.peers:
+        return flash.run(chosen, qkv, options, scale, dropout_p)
     if chosen == "sdpa":
         return portable(qkv, *options, scale, False, dropout_p)[0]
     return reference(qkv, *options, scale, False)[0]

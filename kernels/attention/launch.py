@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +37,13 @@ def split(width: int) -> tuple[int, int]:
     return (first, second) if first >= 16 and first + second < whole else (whole, 0)
 
 
-def chunks(head_dim: int, rotated: bool) -> tuple[int, int, int, int]:
+def chunks(head_dim: int, rotated: bool, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Columns of the two chunks of queries and keys, then of those of values."""
+    own = split(head_dim)
+    if dtype == torch.float32 and own == (128, 0):
+        own = (64, 64)  # products without tensor cores hold their operands in registers
     half = max(16, next_power_of_2(cdiv(head_dim, 2)))
-    return (*((half, half) if rotated else split(head_dim)), *split(head_dim))
+    return (*((half, half) if rotated else own), *own)
 
 
 def tail(length: int, block: int) -> int:
@@ -50,36 +52,93 @@ def tail(length: int, block: int) -> int:
     return max(16, next_power_of_2(rest)) if rest else 0
 
 
-def forward_config(
-    programs: int,
-    queries: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    target: tuple[int, int],
-    sms: int,
-) -> BlockConfig:
-    """Blocks of the forward kernel; `programs` are heads times images."""
-    return BlockConfig(64, 64, 4, 2)
+@dataclass(frozen=True)
+class Case:
+    """What the choice of a config depends on."""
+
+    width: int  # columns of queries and keys, as padded
+    dtype: torch.dtype
+    hopper: bool  # tensor cores that read shared memory; before, operands take registers
+    plain: bool  # no norm, rotation, mask or varying length, all of which take registers, too
 
 
-def single_pass(keys: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the gradients of a head with so many keys are computed in one pass."""
-    return keys <= 128
+def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockConfig:
+    """Blocks of the forward kernel for this many queries and heads (`programs`)."""
+    if case.dtype == torch.float32:
+        return BlockConfig(64 if case.width <= 80 else 32, 32, 8, 2)
+    # 128 queries read keys and values half as often as 64 do; but not if more of them are padding,
+    # nor if that leaves multiprocessors idle.
+    tall = cdiv(queries, 128) * 2 == cdiv(queries, 64) and programs * cdiv(queries, 128) >= sms
+    if case.hopper:
+        return BlockConfig(128, 64, 8, 2) if tall or not case.plain else BlockConfig(64, 64, 4, 3)
+    if case.width <= (96 if case.plain else 64):
+        return BlockConfig(64, 64, 4, 3 if case.plain else 2)
+    return BlockConfig(128, 32, 8, 2)
 
 
-def backward_config(keys: int, head_dim: int, dtype: torch.dtype) -> BlockConfig:
+def single_pass(keys: int, case: Case) -> bool:
+    """Whether the gradients of a head with so many keys are computed in one launch.
+
+    The accumulators of dk and dv for all keys stay in registers: 256 keys of 64 columns are half of
+    a multiprocessor's. More, or what an older card needs for operands, would spill.
+    """
+    if case.width > 64:
+        return False
+    if case.dtype == torch.float32 or not case.plain:
+        return keys <= 64
+    return keys <= (256 if case.hopper else 128)
+
+
+def backward_config(keys: int, case: Case) -> BlockConfig:
     """Blocks of the single-pass backward kernel; block_n covers all keys."""
-    return BlockConfig(64, max(16, next_power_of_2(keys)), 8, 1)
+    block_n = max(16, next_power_of_2(keys))
+    if case.dtype == torch.float32:
+        return BlockConfig(32, block_n, 8, 1)
+    if block_n > 128:
+        return BlockConfig(32, block_n, 8, 1)
+    if not case.plain:
+        return BlockConfig(16, block_n, 8, 1)
+    if case.hopper:
+        return BlockConfig(64, block_n, 4 if block_n <= 64 else 8, 1)
+    return BlockConfig(32, block_n, 4 if block_n <= 64 else 8, 1)
 
 
-def query_config(head_dim: int, dtype: torch.dtype) -> BlockConfig:
+def query_config(case: Case) -> BlockConfig:
     """Blocks of the kernel for dq."""
-    return BlockConfig(64, 64, 4, 2)
+    if case.dtype == torch.float32:
+        return BlockConfig(64 if case.width <= 80 else 32, 32, 8, 2)
+    if case.hopper:
+        return (
+            BlockConfig(64, 64, 4, 2)
+            if case.plain or case.width <= 64
+            else BlockConfig(64, 32, 8, 2)
+        )
+    if not case.plain:
+        return BlockConfig(64, 16, 4, 2) if case.width <= 64 else BlockConfig(32, 32, 8, 1)
+    if case.width <= 96:
+        return BlockConfig(64, 64 if case.width <= 64 else 32, 4, 2)
+    return BlockConfig(128, 32, 8, 2)
 
 
-def key_config(head_dim: int, dtype: torch.dtype) -> BlockConfig:
+def key_config(case: Case) -> BlockConfig:
     """Blocks of the kernel for dk and dv."""
-    return BlockConfig(64, 64, 4, 2)
+    if case.dtype == torch.float32:
+        return BlockConfig(32 if case.width <= 64 else 16, 32, 8, 2)
+    if case.hopper:
+        if case.plain:
+            return BlockConfig(64, 64, 4, 2)
+        return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
+    if not case.plain:
+        return BlockConfig(16, 64, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 2)
+    return BlockConfig(64 if case.width <= 64 else 32, 64, 4, 2)
+
+
+def make_case(qkv: Tensor, options: Options) -> Case:
+    """The case of a call on `qkv`, or on any of its parts."""
+    rotated = options.sin is not None
+    plain = all(t is None for t in options[:8])
+    first, second, *_ = chunks(qkv.shape[-1], rotated, qkv.dtype)
+    return Case(first + second, qkv.dtype, capability(qkv.device) >= (9, 0), plain)
 
 
 def dense(t: Tensor | None) -> Tensor | None:
@@ -94,7 +153,7 @@ def rows_dense(t: Tensor) -> Tensor:
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Elements between images, tokens and heads of each [B, N, H, d] or [total, H, d]."""
-    return tuple(n for t in tensors for n in ((0,) + t.stride())[-4:-1])
+    return tuple(n for t in tensors for n in (0, *t.stride())[-4:-1])
 
 
 def alignment(*tensors: Tensor) -> int:
@@ -112,8 +171,11 @@ class _Call:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, options: Options, scale: float) -> None:
         self.q, self.k, self.v = q, k, v
         self.heads, self.head_dim = q.shape[-2:]
+        self.case = make_case(q, options)
         self.scale, self.eps, self.skipped = scale * LOG2E, options.eps, 0
-        self.varlen, self.normed = options.cu_seqlens is not None, options.q_weight is not None
+        self.varlen = options.cu_seqlens is not None
+        # Of the norms' gradients, where there are norms.
+        self.dtype = None if options.q_weight is None else options.q_weight.dtype
         if options.cu_seqlens is not None:
             self.batch, self.total = options.cu_seqlens.numel() - 1, q.shape[0]
             self.queries = self.keys = options.max_seqlen
@@ -130,7 +192,7 @@ class _Call:
             dense(options.cu_seqlens),
         )
         rope = "" if options.sin is None else "interleaved" if options.interleaved else "halves"
-        first, second, v_first, v_second = chunks(self.head_dim, bool(rope))
+        first, second, v_first, v_second = chunks(self.head_dim, bool(rope), q.dtype)
         self.constexprs = {
             "HEAD_DIM": self.head_dim,
             "FIRST": first,
@@ -148,15 +210,16 @@ class _Call:
 
     def partial(self, programs: int, rows: int) -> Tensor | None:
         """Room for each program's share of the norms' gradients."""
-        if not self.normed:
+        if self.dtype is None:
             return None
         make = torch.zeros if self.varlen else torch.empty  # a program may find nothing to do
         return make((programs, rows, self.head_dim), dtype=torch.float32, device=self.q.device)
 
     def params(self, *partials: Tensor | None) -> Tensor:
         """The norms' gradients [4, d] from the shares of all programs; [0, d] without norms."""
-        sums = [column_sum(p, self.extras[0].dtype) for p in partials if p is not None]
-        return torch.cat(sums) if sums else self.q.new_empty((0, self.head_dim))
+        if self.dtype is None:
+            return self.q.new_empty((0, self.head_dim))
+        return torch.cat([column_sum(p, self.dtype) for p in partials if p is not None])
 
 
 def forward(
@@ -168,14 +231,7 @@ def forward(
     stats = torch.empty(
         (2, call.heads, call.total) if need_stats else 0, dtype=torch.float32, device=q.device
     )
-    config = forward_config(
-        call.programs,
-        call.queries,
-        call.head_dim,
-        q.dtype,
-        capability(q.device),
-        sm_count(q.device),
-    )
+    config = forward_config(call.case, call.queries, call.programs, sm_count(q.device))
     blocks = cdiv(call.queries, config.block_m)
     launch(
         forward_kernel,
@@ -227,7 +283,7 @@ def backward(
     dout = rows_dense(dout).unflatten(-1, (call.heads, call.head_dim))
     sizes = (call.heads, call.queries, call.keys)
     if out is None or stats is None:
-        config = backward_config(call.keys, call.head_dim, q.dtype)
+        config = backward_config(call.keys, call.case)
         partial = call.partial(call.programs, 4)
         launch(
             backward_kernel,
@@ -255,7 +311,7 @@ def backward(
         )
         return call.params(partial)
     delta = torch.empty_like(stats[0])
-    config = query_config(call.head_dim, q.dtype)
+    config = query_config(call.case)
     blocks = cdiv(call.queries, config.block_m)
     q_partial = call.partial(call.programs * blocks, 2)
     launch(
@@ -286,7 +342,7 @@ def backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    config = key_config(call.head_dim, q.dtype)
+    config = key_config(call.case)
     blocks = cdiv(call.keys, config.block_n)
     k_partial = call.partial(call.programs * blocks, 2)
     launch(

@@ -29,7 +29,7 @@ from .._op import (
     total_bytes,
     wants_grad,
 )
-from .launch import MAX_HEAD_DIM, backward, forward, rows_dense, single_pass
+from .launch import MAX_HEAD_DIM, backward, forward, make_case, rows_dense, single_pass
 from .reference import Options, packed, probabilities, saved, sdpa
 
 
@@ -56,7 +56,8 @@ def portable(
 
 def launch_forward(q: Tensor, kv: Tensor, scale: float, need_stats: bool) -> tuple[Tensor, Tensor]:
     """One launch of the forward kernel."""
-    return forward(rows_dense(q), *rows_dense(kv).unbind(2), Options(), scale, need_stats)
+    k, v = rows_dense(kv).unbind(2)
+    return forward(rows_dense(q), k, v, Options(), scale, need_stats)
 
 
 def fake(q: Tensor, kv: Tensor, scale: float, need_stats: bool) -> tuple[Tensor, Tensor]:
@@ -70,9 +71,9 @@ def fake(q: Tensor, kv: Tensor, scale: float, need_stats: bool) -> tuple[Tensor,
 def samples(size: str) -> Iterable[Sample]:
     """Odd shapes; or the pooling head of a SigLIP-B/16 and of a so400m, batch 64."""
     if size == "tiny":
-        shapes = ((2, 1, 5, 2, 8), (1, 3, 17, 1, 24), (1, 2, 21, 1, 40))
+        shapes = [(2, 1, 5, 2, 8), (1, 3, 17, 1, 24), (1, 2, 21, 1, 40)]
     else:
-        shapes = ((64, 1, 196, 12, 64), (64, 1, 729, 16, 72))
+        shapes = [(64, 1, 196, 12, 64), (64, 1, 729, 16, 72)]
     for batch, queries, tokens, heads, head_dim in shapes:
         for need_stats in (False, True) if size == "tiny" else (False,):
             label = (
@@ -141,7 +142,7 @@ def backward_portable(
     with torch.enable_grad():
         result, _ = portable(q, kv, scale)
     dq, dkv = torch.autograd.grad(result, (q, kv), dout)
-    return dq.contiguous(), dkv.contiguous()
+    return dq.flatten().view(q.shape), dkv.flatten().view(kv.shape)  # strides as of a new tensor
 
 
 def backward_launch(
@@ -149,8 +150,9 @@ def backward_launch(
 ) -> tuple[Tensor, Tensor]:
     """One launch without `out` and `stats`, two with them."""
     dq, dkv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, kv))
-    kv = rows_dense(kv)
-    backward(dout, rows_dense(q), *kv.unbind(2), out, stats, dq, *dkv.unbind(2), Options(), scale)
+    k, v = rows_dense(kv).unbind(2)
+    dk, dv = dkv.unbind(2)
+    backward(dout, rows_dense(q), k, v, out, stats, dq, dk, dv, Options(), scale)
     return dq, dkv
 
 
@@ -168,22 +170,30 @@ def backward_samples(size: str) -> Iterable[Sample]:
         assert q is not None
         assert kv is not None
         batch, queries, heads, head_dim = q.shape
-        need_stats = sample.options["need_stats"]
-        if size == "vit":
-            need_stats = not single_pass(kv.shape[1], head_dim, torch.bfloat16)
+        tiny_stats = sample.options["need_stats"]
         yield Sample(
-            sample.label + " stats" * (need_stats and size == "vit"),
+            sample.label,
             {"dout": Arg((batch, queries, heads * head_dim)), "q": q, "kv": kv}
             | {"out": None, "stats": None},
             {"scale": sample.options["scale"]},
-            derive=saved_by_forward if need_stats else None,
+            derive=saved_by_forward if tiny_stats else saved_if_needed if size == "vit" else None,
         )
+
+
+def needs_stats(kv: Tensor) -> bool:
+    """Whether backward, for these keys on this device, takes two launches."""
+    return not single_pass(kv.shape[1], make_case(kv, Options()))
 
 
 def saved_by_forward(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the forward pass with these arguments keeps for two launches backward."""
-    out, stats = reference(arguments["q"], arguments["kv"], arguments["scale"], True)
+    out, stats = ATTENTION_POOL.call(arguments["q"], arguments["kv"], arguments["scale"], True)
     return {"out": out, "stats": stats}
+
+
+def saved_if_needed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same, where backward would take two launches."""
+    return saved_by_forward(arguments) if needs_stats(arguments["kv"]) else {}
 
 
 def backward_flops(q: Tensor, kv: Tensor, **_: Any) -> int:
@@ -215,7 +225,7 @@ ATTENTION_POOL_BACKWARD = define(
 class _AttentionPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, scale):  # type: ignore[no-untyped-def]
-        need_stats = not single_pass(kv.shape[1], kv.shape[-1], kv.dtype)
+        need_stats = needs_stats(kv)
         out, stats = ATTENTION_POOL.call(q, kv, scale, need_stats)
         ctx.save_for_backward(q, kv, *((out, stats) if need_stats else (None, None)))
         ctx.scale = scale
@@ -226,7 +236,10 @@ class _AttentionPool(torch.autograd.Function):
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
         q, kv, out, stats = ctx.saved_tensors
         dq, dkv = ATTENTION_POOL_BACKWARD.call(dout, q, kv, out, stats, ctx.scale)
-        return (*(d if n else None for d, n in zip((dq, dkv), ctx.needs_input_grad)), None)
+        return (
+            *(d if n else None for d, n in zip((dq, dkv), ctx.needs_input_grad, strict=False)),
+            None,
+        )
 
 
 def attention_pool(

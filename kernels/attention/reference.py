@@ -72,7 +72,7 @@ class Heads(NamedTuple):
     k: Tensor
     v: Tensor
     mask: Tensor | None  # bool [B, 1, 1, N]
-    index: Tensor | None  # padded index of each packed token
+    place: Tensor | None  # index of each packed token among the padded ones
 
 
 def pad(qkv: Tensor, options: Options) -> tuple[Tensor, Options, Tensor | None]:
@@ -316,16 +316,16 @@ def backward_portable(
     if q_weight is not None:  # a bias that isn't there has the gradient of a zero
         q_bias = torch.zeros_like(q_weight) if q_bias is None else q_bias
         k_bias = torch.zeros_like(q_weight) if k_bias is None else k_bias
-    leaves = [
-        None if t is None else t.detach().requires_grad_()
-        for t in (qkv, q_weight, q_bias, k_weight, k_bias)
-    ]
+    given = (qkv, q_weight, q_bias, k_weight, k_bias)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in given]
     wanted = [t for t in leaves if t is not None]
+    options = Options(
+        leaves[1], leaves[2], leaves[3], leaves[4], sin, cos, key_mask, cu_seqlens,
+        eps, rms, interleaved, max_seqlen,
+    )  # fmt: skip
     with torch.enable_grad():
-        result, _ = portable(
-            wanted[0], *leaves[1:], sin, cos, key_mask, cu_seqlens,
-            eps, rms, interleaved, max_seqlen, scale,
-        )  # fmt: skip
+        q, k, v, mask, place = heads(wanted[0], options, None)
+        result = packed(sdpa(q, k, v, mask, scale), place)
     dqkv, *params = torch.autograd.grad(result, wanted, dout)
     if q_weight is None:
         return dqkv.contiguous(), qkv.new_empty((0, qkv.shape[-1]))
