@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +17,14 @@ def parser() -> argparse.ArgumentParser:
         "offline",
         help="compile every kernel without a GPU; fail on spills, too much shared memory, no MMA",
         description="Compile every kernel for cards that aren't here and print registers, spills, "
-        "shared memory and tensor-core instructions. Exit code 1 lists the offenders.",
+        "shared memory, occupancy and tensor-core instructions. Exit code 1 lists the offenders.",
     )
     offline.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="80 86 89 90")
     offline.add_argument("--op", nargs="+", help="these ops only (default: all)")
     offline.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    offline.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write a table a kernel here"
+    )
     offline.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     offline.add_argument(
         "--size", nargs="+", choices=["vit", "tiny"], default=["vit", "tiny"], help="default: both"
@@ -63,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     try:
         if options.command == "offline":
@@ -78,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
                 options.size,
                 everything=options.all,
                 verbose=options.verbose,
+                markdown_path=options.markdown,
+                command=shlex.join(["python", "-m", "benchmarks", *arguments]),
             )
         if options.command == "sanitize":
             os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is decorated

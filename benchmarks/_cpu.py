@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import _models
-from ._cases import columns
+from ._cases import columns, save
 from ._measure import Stats, Timer, environment, parity
 
 DEVICE = torch.device("cpu")
@@ -107,5 +107,5 @@ def main(json_path: Path | None, seconds: float) -> int:
     print("\nRatios of times, median [quartiles]; below 1 vitkern is faster. A/A: vitkern twice.")
     if json_path is not None:
         report = {"environment": environment(DEVICE), "policy": timer.policy, "rows": rows}
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
+        save(json_path, json.dumps(report, indent=1) + "\n")
     return 0

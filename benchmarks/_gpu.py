@@ -5,7 +5,8 @@ line of results.jsonl at once, so a run that is cut off loses nothing. Four more
 environment.json, tests.log, tests.xml, summary.md.
 
 Times: CUDA events, medians and quartiles, L2 flushed, an A/A pair by the side of each kernel, and
-the shares of a matrix product and a copy measured in the same run. Losses are listed, not left out.
+the shares of a matrix product and a copy measured in the same run. A backward pass is timed alone,
+on a graph built before. Losses are listed, not left out.
 """
 
 import json
@@ -13,8 +14,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from tests.error_budget import as_tuple, in_float64
 from vitkern.kernels import REGISTRY
 
 from . import _models
-from ._cases import Case, cases, columns
+from ._cases import Case, cases, columns, implementations, results, timed, unfit
 from ._measure import Ceilings, Stats, Timer, environment, parity
 
 # Share of the time by which each stage must end; what one leaves over goes to the next. Compilers
@@ -114,37 +117,69 @@ def run_tests(report: Report, clock: Clock) -> None:
             report.add("tests", ok=True, what="cut off by the time budget; see tests.log")
 
 
-def implementations(case: Case, backend: str | None) -> dict[str, Callable[..., Any]]:
-    """The op's own implementations; or, with a backend, its portable one compiled by that."""
-    if backend is None:
-        return {k: v for k, v in case.op.implementations.items() if v is not case.op.reference}
+def compiled(case: Case, backend: str) -> dict[str, Callable[..., Any]]:
+    """What PyTorch's compiler makes of the portable implementation."""
+    name = case.forward.op.portable_name
     torch.compiler.reset()
-    compiled = torch.compile(case.op.portable, dynamic=False, backend=backend)
-    return {f"compile({case.op.portable_name})": compiled}
+    function = torch.compile(implementations(case)[name], dynamic=False, backend=backend)
+    return {f"compile({name})": function}
+
+
+def held(
+    run: Callable[[], Sequence[Tensor]], eager: Sequence[Tensor], exact: Sequence[Tensor]
+) -> dict[str, Any]:
+    """`parity` of what `run` returns; one that raises has failed."""
+    try:
+        return parity(run(), eager, exact)
+    except Exception as problem:
+        return failure(problem)
+
+
+def failure(problem: Exception) -> dict[str, Any]:
+    """A result for what raised."""
+    return {"ok": False, "why": f"{type(problem).__name__}: {problem}"[:500]}
+
+
+def check_kernel(report: Report, case: Case, device: torch.device) -> bool:
+    """Hold a backward op's kernel against float64, with autograd out of the way."""
+    arguments = case.sample.make(device, case.dtype)
+    with torch.no_grad():
+        eager = as_tuple(case.op.portable(**arguments))
+        exact = as_tuple(case.op.reference(**in_float64(arguments)))
+        result = held(lambda: as_tuple(case.op.call(**arguments)), eager, exact)
+    report.add("op parity", case=str(case), impl="triton, by itself", **result)
+    return bool(result["ok"])
 
 
 def check_op(
     report: Report, case: Case, device: torch.device, backend: str | None = None
 ) -> dict[str, Callable[..., Any]]:
-    """Hold implementations against float64, and return those that passed."""
+    """Hold implementations against float64, and return those that passed.
+
+    They are the op's own; or, with a backend, its portable one compiled by that.
+    """
     good: dict[str, Callable[..., Any]] = {}
-    arguments = case.sample.make(device, case.dtype)
+    arguments = case.arguments(device)
+    known = implementations(case)
     try:
-        with torch.no_grad():
-            eager = as_tuple(case.op.portable(**arguments))
-            exact = as_tuple(case.op.reference(**in_float64(arguments)))
+        eager = results(case, known[case.forward.op.portable_name], arguments)
+        exact = results(case, known.pop("reference"), in_float64(arguments))
+        for name, function in (known if backend is None else compiled(case, backend)).items():
+            reason = unfit(case, name, arguments) if backend is None else None
+            if reason is not None:
+                report.add("note", case=str(case), impl=name, what=reason)
+                continue
+            result = held(partial(results, case, function, arguments), eager, exact)
+            report.add("op parity", case=str(case), impl=name, **result)
+            right = result["ok"]
+            if case.is_backward and name == "triton":
+                right = check_kernel(report, case, device) and right
+            if right:
+                good[name] = function
     except torch.OutOfMemoryError:
         report.add("note", case=str(case), what="left out: not enough memory for its reference")
-        return {}
-    for name, run in implementations(case, backend).items():
-        try:
-            with torch.no_grad():
-                result = parity(as_tuple(run(**arguments)), eager, exact)
-        except Exception as problem:
-            result = {"ok": False, "why": f"{type(problem).__name__}: {problem}"[:500]}
-        report.add("op parity", case=str(case), impl=name, **result)
-        if result["ok"]:
-            good[name] = run
+    except Exception as problem:  # one case must not end the run
+        report.add("op parity", case=str(case), impl="reference", **failure(problem))
     return good
 
 
@@ -184,10 +219,12 @@ def op_times(
         runs = good.get(str(case), {})
         if stage.startswith("compiled"):
             runs = check_op(report, case, timer.device, _backend(timer.device))
-        arguments = case.sample.make(timer.device, case.dtype)
-        moved, flops = case.op.bytes_moved(**arguments), case.op.flops(**arguments)
-        for name, run in runs.items():
-            call = _bound(run, arguments)
+        if not runs:
+            continue
+        arguments, costs = case.arguments(timer.device), case.meta()
+        moved, flops = case.op.bytes_moved(**costs), case.op.flops(**costs)
+        for name, function in runs.items():
+            call = timed(case, function, arguments)
             with torch.no_grad():
                 first, again = timer(call, 0.1), timer(call, 0.1)
             report.add(
@@ -202,12 +239,9 @@ def op_times(
                 of_copy=moved / first.median / ceilings.bytes_per_s,
                 of_matmul=flops / first.median / ceilings.flops_per_s,
             )
+            del call
         del arguments
         _free(timer.device)
-
-
-def _bound(run: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: run(**arguments)
 
 
 def _backend(device: torch.device) -> str:
@@ -247,11 +281,8 @@ def check_models(
     eager = _models.outcome(models["eager"], models["eager"], images, labels, setting.precision)
     for impl, call in calls.items():
         model = models[impl.split(" ")[0]]
-        try:
-            found = _models.outcome(model, call, images, labels, setting.precision)
-            result = parity(found, eager, setting.exact)
-        except Exception as problem:
-            result = {"ok": False, "why": f"{type(problem).__name__}: {problem}"[:500]}
+        run = partial(_models.outcome, model, call, images, labels, setting.precision)
+        result = held(run, eager, setting.exact)
         what = setting.precision.name
         report.add("model parity", model=setting.name, what=what, impl=impl, **result)
         if result["ok"]:
@@ -383,6 +414,8 @@ def summary(report: Report) -> str:
     parts.append(f"Parity: {len(checked)} checked, {sum(not r['ok'] for r in checked)} failed.\n")
     parts += [f"- FAILED {json.dumps(row)}\n" for row in report.failed]
     parts += [f"- cut off: {row['what']}\n" for row in report.of("cut off")]
+    unfit_here = Counter(row["what"] for row in report.of("note") if {"case", "impl"} <= row.keys())
+    parts += [f"- left out of {n} op cases: {reason}\n" for reason, n in unfit_here.items()]
     ours = {"op time": "triton", "model time": "vitkern"}
     for kind, mine in ours.items():
         groups: dict[str, dict[str, dict[str, Any]]] = {}

@@ -190,7 +190,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
-        "packages": _versions("vitkern", "torch", "triton", "timm", "numpy", "flash-attn"),
+        "packages": _versions(
+            "vitkern",
+            "torch",
+            "triton",
+            "timm",
+            "numpy",
+            "flash-attn",
+            "flash-attn-3",
+            "flash-attn-4",
+        ),
         "cuda": torch.version.cuda,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

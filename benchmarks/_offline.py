@@ -26,15 +26,48 @@ from typing import Any
 
 import torch
 
-from vitkern.kernels._launch import Launch
+from vitkern.kernels._launch import Launch, cdiv
 from vitkern.kernels._op import Op, dtype_name
 
-from ._cases import Case, cases, columns, launches
-
-# Shared memory that one block may use, in bytes.
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+from ._cases import Case, cases, columns, kernel_name, launches, save
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What a multiprocessor has for the blocks that are on it at a time; all have 65,536 registers.
+
+    The numbers are those of the table "Technical Specifications per Compute Capability" in the CUDA
+    C++ Programming Guide; how they are handed out, those of cuda_occupancy.h in the CUDA Toolkit.
+    """
+
+    shared_bytes: int
+    warps: int
+    blocks: int
+
+    @property
+    def shared_limit(self) -> int:
+        """Shared memory that one block may use: 1 KiB of each block's is the system's."""
+        return self.shared_bytes - 1024
+
+    def resident(self, warps: int, registers: int, shared_bytes: int) -> int:
+        """How many blocks of so many warps fit, with these registers a thread and shared bytes.
+
+        A warp gets its registers, in units of 256, from one of four quarters, so what is over in
+        one can't be joined with what is over in another. Shared memory comes in units of 128 bytes.
+        """
+        in_a_quarter = 65_536 // 4 // (256 * cdiv(32 * registers, 256))
+        of_shared = self.shared_bytes // (128 * cdiv(shared_bytes + 1024, 128))
+        return min(self.blocks, self.warps // warps, 4 * in_a_quarter // warps, of_shared)
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(164 << 10, 64, 32),
+    86: Multiprocessor(100 << 10, 48, 16),
+    89: Multiprocessor(100 << 10, 48, 24),
+    90: Multiprocessor(228 << 10, 64, 32),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +103,15 @@ class Job:
         return self.launch.kernel.params[path[0]].is_constexpr
 
     @property
+    def blocks(self) -> str:
+        """Sizes of the tile."""
+        constexprs = self.launch.constexprs.items()
+        named = [f"{k}={v}" for k, v in constexprs if k.startswith(("BLOCK", "ROWS"))]
+        return " ".join(named).replace("BLOCK_", "")
+
+    @property
     def config(self) -> str:
+        """All that is chosen at compile time."""
         named = [f"{k}={v}" for k, v in self.launch.constexprs.items()]
         return " ".join(
             [*named, f"warps={self.launch.num_warps}", f"stages={self.launch.num_stages}"]
@@ -215,12 +256,14 @@ def compile_job(job: Job) -> Row:
 
     row: Row = {
         "op": job.op,
-        "kernel": job.launch.kernel.fn.__name__,
+        "kernel": kernel_name(job.launch),
         "arch": job.arch,
         "sample": job.sample,
         "dtype": job.dtype,
         "config": job.config,
+        "blocks": job.blocks,
         "num_warps": job.launch.num_warps,
+        "num_stages": job.launch.num_stages,
     }
     try:
         compiled = triton.compile(
@@ -242,6 +285,9 @@ def compile_job(job: Job) -> Row:
     except Exception as error:
         return {**row, "error": f"{type(error).__name__}: {str(error).strip()[-500:]}"}
     loads, stores = counts["LDL"], counts["STL"]
+    warps, shared = job.launch.num_warps, int(compiled.metadata.shared)
+    processor = MULTIPROCESSORS[job.arch]
+    resident = processor.resident(warps, numbers["REG"], shared)
     return {
         **row,
         "registers": numbers["REG"],
@@ -250,7 +296,9 @@ def compile_job(job: Job) -> Row:
         "stack_bytes": numbers["STACK"],
         "local_loads": loads,
         "local_stores": stores,
-        "shared_bytes": int(compiled.metadata.shared),
+        "shared_bytes": shared,
+        "blocks_per_sm": resident,
+        "occupancy_percent": 100 * resident * warps // processor.warps,
         "tensor_core": {k: v for k, v in sorted(counts.items()) if k in ("HMMA", "HGMMA")},
         "dots": [dict(d) for d in {tuple(d.items()): None for d in dots}],
     }
@@ -272,10 +320,9 @@ def judge(row: Row) -> list[str]:
             f"spills {row['spill_bytes']} bytes a thread "
             f"({row['local_stores']} stores, {row['local_loads']} loads)"
         )
-    if row["shared_bytes"] > SHARED_LIMIT[arch]:
-        problems.append(
-            f"shared memory {row['shared_bytes']:,} bytes, sm_{arch} has {SHARED_LIMIT[arch]:,}"
-        )
+    limit = MULTIPROCESSORS[arch].shared_limit
+    if row["shared_bytes"] > limit:
+        problems.append(f"shared memory {row['shared_bytes']:,} bytes, sm_{arch} has {limit:,}")
     products = [d for d in row["dots"] if (d["operand"], d["precision"]) != ("f32", "ieee")]
     if products and not row["tensor_core"]:
         problems.append("a matrix product without tensor-core instructions")
@@ -315,9 +362,11 @@ def table(rows: list[Row], verbose: bool) -> str:
     """One line a kernel and architecture, with its extremes; one a compilation if `verbose`."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for n, row in enumerate(rows):
-        name = row["kernel"].strip("_")
-        groups.setdefault((name, row["arch"], n if verbose else 0), []).append(row)
-    lines = [("kernel", "arch", "n", "registers", "spill", "shared", "tensor core", "config")]
+        groups.setdefault((row["kernel"], row["arch"], n if verbose else 0), []).append(row)
+    head = (
+        "kernel", "arch", "n", "registers", "spill", "shared", "blocks/SM", "tensor core", "config",
+    )  # fmt: skip
+    lines: list[tuple[str, ...]] = [head]
     for (name, arch, _), group in sorted(groups.items()):
         done = [row for row in group if "error" not in row]
         cores = sorted({k for row in done for k in row["tensor_core"]})
@@ -331,6 +380,8 @@ def table(rows: list[Row], verbose: bool) -> str:
                 _span([row["registers"] for row in done]),
                 _span([row["spill_bytes"] for row in done]),
                 _span([row["shared_bytes"] for row in done]),
+                f"{_span([row['blocks_per_sm'] for row in done])} "
+                f"({_span([row['occupancy_percent'] for row in done])}%)",
                 " ".join(counts) or "-",
                 configs.pop() if len(configs) == 1 else f"{len(configs)} configs",
             )
@@ -345,6 +396,64 @@ def _span(values: list[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+def markdown(rows: list[Row], triton_version: str, command: str) -> str:
+    """A page with a table a kernel, one line a compilation."""
+    parts = [
+        "# What the compiler makes of each kernel\n",
+        f"Triton {triton_version}, `{command}`.\n",
+        "No GPU took part: this is what the compiler says, not a measurement. Spills and shared "
+        "memory are in bytes, a thread and a block. Blocks per multiprocessor (SM) and occupancy, "
+        "the share of its warps that they fill, follow from registers, shared memory and warps. "
+        "What several samples share is compiled once, and stands under the first of them. "
+        "The last column counts tensor-core instructions in the code, not their executions.\n",
+    ]
+    head = (
+        "op", "sample", "dtype", "sm", "blocks", "warps", "stages", "registers", "spill", "shared",
+        "blocks/SM", "occupancy", "tensor cores",
+    )  # fmt: skip
+    kernels: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=_order):
+        kernels.setdefault(row["kernel"], []).append(row)
+    for kernel, compilations in kernels.items():
+        lines = [head, *map(_cells, compilations)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, tuple("-" * width for width in widths))
+        table = [
+            " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            for line in lines
+        ]
+        parts.append(f"## {kernel}\n\n" + "\n".join(f"| {line} |" for line in table) + "\n")
+    return "\n".join(parts)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """By kernel, op, sample (N=197 before N=1370), dtype and card."""
+    sample = [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", row["sample"])]
+    return row["kernel"], row["op"], sample, row["dtype"], row["arch"], row["config"]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    config = (row["blocks"] or "-", str(row["num_warps"]), str(row["num_stages"]))
+    if "error" in row:
+        start = (row["op"], row["sample"], row["dtype"], str(row["arch"]), *config)
+        return (*start, *("-",) * 5, "does not compile")
+    # float32 is compiled once for each of torch's two ways to multiply it.
+    precision = {f" {d['precision']}" for d in row["dots"] if d["operand"] == "f32"}
+    return (
+        row["op"],
+        row["sample"],
+        row["dtype"] + "".join(sorted(precision)),
+        str(row["arch"]),
+        *config,
+        str(row["registers"]),
+        str(row["spill_bytes"]),
+        f"{row['shared_bytes']:,}",
+        str(row["blocks_per_sm"]),
+        f"{row['occupancy_percent']} %",
+        " ".join(f"{n} {name}" for name, n in row["tensor_core"].items()) or "-",
+    )
+
+
 def main(
     archs: Sequence[int],
     ops: list[Op],
@@ -353,13 +462,15 @@ def main(
     sizes: Sequence[str] = ("vit", "tiny"),
     everything: bool = False,
     verbose: bool = False,
+    markdown_path: Path | None = None,
+    command: str = "",
 ) -> int:
-    """Compile, print, write `json_path`; 1 where a kernel fails the judge."""
+    """Compile, print, write the files asked for; 1 where a kernel fails the judge."""
     import triton
 
     for arch in archs:
-        if arch not in SHARED_LIMIT:
-            known = ", ".join(map(str, SHARED_LIMIT))
+        if arch not in MULTIPROCESSORS:
+            known = ", ".join(map(str, MULTIPROCESSORS))
             raise ValueError(f"--arch: {arch} is not known; expected some of {known}")
     jobs, offenders = collect(ops, archs, sizes, everything)
     rows = compile_all(jobs, processes)
@@ -370,7 +481,9 @@ def main(
         offenders += [f"{where}, from {row['op']} [{row['sample']}]: {p}" for p in row["problems"]]
     if json_path is not None:
         report = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
+        save(json_path, json.dumps(report, indent=1) + "\n")
+    if markdown_path is not None:
+        save(markdown_path, markdown(rows, triton.__version__, command))
     kernels = len({row["kernel"] for row in rows})
     print(f"\n{len(rows)} compilations of {kernels} kernels, {len(offenders)} problems")
     for offender in offenders:

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from vitkern.kernels._launch import Launch, intercept
-from vitkern.kernels._op import Op
+from vitkern.kernels._op import Op, Sample
 
-from ._cases import Case, cases, columns, launches
+from ._cases import Case, cases, columns, kernel_name, launches
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.float32, torch.float16)
@@ -147,7 +147,7 @@ def run_exactly(call: Callable[[], Any]) -> tuple[Any, Trace]:
     trace = Trace()
 
     def handle(launch: Launch) -> None:
-        trace.kernels.add(launch.kernel.fn.__name__)
+        trace.kernels.add(kernel_name(launch))
         with _recorded(launch, trace):
             launch.run()
 
@@ -268,15 +268,24 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def viewed(sample: Sample, arguments: dict[str, Any], view: str) -> dict[str, Any]:
+    """`arguments` as views of one kind; what is given value by value keeps its values."""
+    change = VIEWS[view]
+    exact = {k for k, arg in sample.args.items() if arg is not None and arg.values is not None}
+    changed = {
+        k: change(v)
+        if isinstance(v, Tensor) and v.dim() and not (view == "expanded" and k in exact)
+        else v
+        for k, v in arguments.items()
+    }
+    return sample.complete(changed)
+
+
 def check_exactly(case: Case, view: str) -> tuple[list[str], Traffic | None, set[str]]:
     """(problems, traffic of a dense call, kernels that ran) of one case."""
-    arguments = case.sample.make("cpu", case.dtype)
-    change = VIEWS[view]
-    viewed = {
-        k: change(v) if isinstance(v, Tensor) and v.dim() else v for k, v in arguments.items()
-    }
+    arguments = viewed(case.sample, case.sample.make("cpu", case.dtype), view)
     assert case.op.launcher is not None
-    result, trace = run_exactly(lambda: case.op.launcher(**viewed))  # type: ignore[misc]
+    result, trace = run_exactly(lambda: case.op.launcher(**arguments))  # type: ignore[misc]
     outputs = tensors_of(result)
     problems = [*dict.fromkeys(trace.problems), *check_writes(outputs, trace)]
     traffic = None
@@ -341,7 +350,7 @@ def exact_pass(ops: list[Op]) -> tuple[list[str], set[str]]:
         lines.append((op.name, str(calls), str(len(kernels)), *shares))
         print(f"checked {op.name}: {calls} calls", file=sys.stderr)
         real = {
-            launch.kernel.fn.__name__
+            kernel_name(launch)
             for case in cases([op], ["vit"], DTYPES)
             for launch in launches(case, CAPABILITY)
         }

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from benchmarks import _gpu, _offline, _sanitize
 from benchmarks.__main__ import main
-from benchmarks._cases import Case
+from benchmarks._cases import Case, save
 from benchmarks._measure import Stats, Timer, parity, repeats
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._launch import launch
-from vitkern.kernels._op import Sample
+from vitkern.kernels._op import Arg, Sample
 from vitkern.kernels._triton import INTERPRET, TRITON_MISSING, jit, tl
 
 LAYER_NORM = REGISTRY["layer_norm"]
@@ -43,6 +43,90 @@ def row(**changes: Any) -> _offline.Row:
 
 def dot(**changes: Any) -> list[_offline.Row]:
     return [{**GOOD_ROW["dots"][0], **changes}]
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "blocks"),
+    [
+        # 32 * 32 = 1,024 registers a warp, 16 in a quarter, so all 64 warps.
+        (80, 8, 32, 0, 8),
+        # 33 registers are 1,056 a warp, handed out as 1,280: 12 in a quarter, 48 in all.
+        (80, 8, 33, 0, 6),
+        # 168 * 32 = 5,376 = 21 * 256: 3 in a quarter, 12 in all.
+        (90, 4, 168, 0, 3),
+        # 96 * 32 = 3,072: 5 in a quarter, 20 in all, though 65,536 / 3,072 is 21.
+        (90, 1, 96, 0, 20),
+        # 255 * 32 = 8,160, handed out as 8,192: 2 in a quarter, 8 in all.
+        (90, 8, 255, 0, 1),
+        (90, 16, 255, 0, 0),
+        # 49,152 + 1,024 = 50,176 bytes: 3 in 167,936, 4 in 233,472, 2 in 102,400.
+        (80, 4, 64, 49_152, 3),
+        (90, 4, 64, 49_152, 4),
+        (86, 4, 64, 49_152, 2),
+        # 57,345 + 1,024 = 58,369, handed out as 58,496: 3; one byte less is 58,368, a quarter.
+        (90, 4, 64, 57_345, 3),
+        (90, 4, 64, 57_344, 4),
+        (90, 4, 64, 232_448, 1),
+        (90, 4, 64, 232_449, 0),
+        # One warp a block: as many as the card takes blocks.
+        (80, 1, 16, 0, 32),
+        (86, 1, 16, 0, 16),
+        (89, 1, 16, 0, 24),
+        (89, 4, 16, 0, 12),
+    ],
+)
+def test_resident_blocks(arch: int, warps: int, registers: int, shared: int, blocks: int) -> None:
+    assert _offline.MULTIPROCESSORS[arch].resident(warps, registers, shared) == blocks
+
+
+def test_results_are_saved_into_a_folder_that_was_not_there(tmp_path: Path) -> None:
+    save(tmp_path / "new" / "one" / "rows.json", "[]\n")
+    assert (tmp_path / "new" / "one" / "rows.json").read_text() == "[]\n"
+
+
+def test_the_markdown_has_a_table_a_kernel_and_a_line_a_compilation() -> None:
+    def compiled(kernel: str, **changes: Any) -> _offline.Row:
+        about = {
+            "op": "attention", "kernel": kernel, "sample": "N=197", "dtype": "bfloat16",
+            "config": "BLOCK_M=64", "blocks": "M=64", "num_stages": 2, "registers": 168,
+            "blocks_per_sm": 3, "occupancy_percent": 18,
+        }  # fmt: skip
+        return row(**{**about, **changes})
+
+    broken = compiled("a.forward", sample="N=50", error="no")
+    for missing in ("registers", "spill_bytes", "shared_bytes", "blocks_per_sm", "dots"):
+        del broken[missing]
+    text = _offline.markdown(
+        [
+            compiled("b.backward", spill_bytes=8, tensor_core={"HGMMA": 8, "HMMA": 4}),
+            compiled("a.forward", sample="N=1370"),
+            compiled("a.forward", dtype="float32", dots=dot(operand="f32"), arch=80),
+            compiled("a.forward"),
+            broken,
+        ],
+        "3.9.0",
+        "python -m benchmarks offline --op attention",
+    )
+    head, first, second = text.split("\n## ")
+    assert "Triton 3.9.0, `python -m benchmarks offline --op attention`" in head
+    assert "not a measurement" in head
+    tables = []
+    for part in (first, second):
+        lines = part.strip().splitlines()[2:]
+        assert len({len(line) for line in lines}) == 1
+        tables.append([[cell.strip() for cell in line[1:-1].split("|")] for line in lines])
+    assert [line[1:4] for line in tables[0][2:]] == [
+        ["N=50", "bfloat16", "90"],
+        ["N=197", "bfloat16", "90"],
+        ["N=197", "float32 tf32", "80"],
+        ["N=1370", "bfloat16", "90"],
+    ]
+    assert tables[0][2][-1] == "does not compile"
+    assert dict(zip(tables[1][0], tables[1][2], strict=True)) == {
+        "op": "attention", "sample": "N=197", "dtype": "bfloat16", "sm": "90", "blocks": "M=64",
+        "warps": "4", "stages": "2", "registers": "168", "spill": "8", "shared": "65,536",
+        "blocks/SM": "3", "occupancy": "18 %", "tensor cores": "8 HGMMA 4 HMMA",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -87,7 +171,7 @@ import torch
 from benchmarks import _offline
 from benchmarks._cases import Case
 from vitkern.kernels._launch import Launch
-from vitkern.kernels._op import Sample
+from vitkern.kernels._op import Arg, Sample
 from vitkern.kernels._triton import jit, tl
 
 
@@ -138,6 +222,11 @@ def test_a_spill_shows_and_tensor_cores_are_counted(tmp_path: Path) -> None:
     for spilling, product, exact in zip(*[iter(json.loads(done.stdout))] * 3, strict=True):
         assert "spills" in _offline.judge(spilling)[0]
         assert spilling["local_stores"] > 0
+        assert product["kernel"] == "main.product"
+        processor = _offline.MULTIPROCESSORS[product["arch"]]
+        resident = processor.resident(4, product["registers"], product["shared_bytes"])
+        assert product["blocks_per_sm"] == resident
+        assert product["occupancy_percent"] == 100 * 4 * resident // 64
         assert list(product["tensor_core"]) == ["HMMA" if product["arch"] == 80 else "HGMMA"]
         assert product["dots"] == [
             {"m": 64, "n": 64, "k": 64, "operand": "bf16", "precision": "tf32"}
@@ -222,43 +311,42 @@ def test_a_missing_mask_is_caught_symbolically() -> None:
     assert "tl.load(x + offsets)" in found[0]
 
 
+@pytest.mark.parametrize("view", _sanitize.VIEWS)
+def test_views_keep_given_values_and_what_follows_from_others(view: str) -> None:
+    sample = Sample(
+        "-",
+        {
+            "x": Arg((4, 3)),
+            "ends": Arg((4,), torch.int32, values=(0, 1, 1, 4)),
+            "total": None,
+        },
+        derive=lambda arguments: {"total": arguments["x"].sum(0)},
+    )
+    made = sample.make("cpu", torch.float32)
+    viewed = _sanitize.viewed(sample, made, view)
+    assert viewed["ends"].tolist() == [0, 1, 1, 4]
+    assert torch.equal(viewed["total"], viewed["x"].sum(0))
+    assert viewed["total"].is_contiguous()
+    assert viewed["x"].is_contiguous() == (view == "dense")
+    assert torch.equal(viewed["x"], made["x"]) == (view != "expanded")
+
+
+@interpreted
+def test_traffic_counts_what_was_derived_anew() -> None:
+    """A dense call reads the arguments that the last `derive` made, not those made before."""
+    op = REGISTRY["attention_pool_backward"]
+    saving = [s for s in op.samples("tiny") if s.derive is not None]
+    case = Case(op, "tiny", saving[0], torch.float32)
+    _, traffic, _ = _sanitize.check_exactly(case, "dense")
+    assert traffic.problem is None
+
+
 @interpreted
 def test_sanitize_passes_and_fails_as_a_whole(capsys: pytest.CaptureFixture[str]) -> None:
     small = replace(LAYER_NORM, samples=lambda size: list(LAYER_NORM.samples(size))[:1])
     assert _sanitize.main([small], symbolic=False) == 0
     assert _sanitize.main([replace(small, bytes_moved=lambda **_: 1)], symbolic=False) == 1
     assert "FAIL layer_norm [ln" in capsys.readouterr().out
-
-
-def test_gpu_command_rehearsed_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(x: Tensor, **options: Any) -> Tensor:
-        return LAYER_NORM.portable(x, **options) * 1.01
-
-    def few(size: str) -> list[Sample]:
-        return list(LAYER_NORM.samples(size))[:2]
-
-    ops = {
-        "layer_norm": replace(LAYER_NORM, samples=few),
-        "wrong": replace(LAYER_NORM, name="wrong", samples=few, call=wrong),
-    }
-    monkeypatch.setattr(_gpu, "REGISTRY", ops)
-    assert _gpu.main(1.0, tmp_path, torch.device("cpu")) == 1
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "environment.json",
-        "results.jsonl",
-        "summary.md",
-    }
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    failed = {(r["case"], r["impl"]) for r in rows if r["kind"] == "op parity" and not r["ok"]}
-    assert {impl for _, impl in failed} == {"triton"}
-    assert all(case.startswith("wrong ") for case, _ in failed)
-    timed = {(r["case"], r["impl"]) for r in rows if r["kind"] == "op time"}
-    assert timed
-    assert not timed & failed
-    kinds = [r["kind"] for r in rows]
-    assert kinds.index("op parity") < kinds.index("model parity") < kinds.index("op time")
-    assert "model time" in kinds
-    assert "FAILED" in (tmp_path / "summary.md").read_text()
 
 
 def test_gpu_command_stops_when_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

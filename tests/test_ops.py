@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks._cases import public, require_grads
 from tests.error_budget import as_tuple, assert_within_budget, gradients, in_float64
-from vitkern import kernels
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._launch import intercept
 from vitkern.kernels._op import Op, Sample
@@ -44,27 +44,6 @@ def with_strides(arguments: dict[str, Any], kind: str) -> dict[str, Any]:
     return {k: restride(v, kind) if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
-def require_grads(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Every floating-point argument wants a gradient, but for those that are constants."""
-    constants = ("mean", "std", "drop_scale")
-    return {
-        k: v.detach().requires_grad_()
-        if isinstance(v, Tensor) and v.is_floating_point() and k not in constants
-        else v
-        for k, v in arguments.items()
-    }
-
-
-def public(op: Op, impl: str) -> Any:
-    """The public function of an op, called with the op's own argument names."""
-    function = getattr(kernels, op.name)
-
-    def call(compute_dtype: Any = None, **arguments: Any) -> Any:
-        return function(**arguments, impl=impl)
-
-    return call
-
-
 @pytest.mark.parametrize(("op", "sample"), SAMPLES, ids=name)
 def test_portable_is_the_reference(op: Op, sample: Sample) -> None:
     arguments = in_float64(sample.make("cpu", torch.float64))
@@ -83,7 +62,7 @@ def test_kernel_is_within_the_error_budget(
     skip_unless_kernels_take(dtype, kernel_device)
     arguments = sample.make(kernel_device, dtype)
     if strides != "dense":
-        arguments = with_strides(arguments, strides)
+        arguments = sample.complete(with_strides(arguments, strides))
     actual = as_tuple(op.launcher(**arguments))
     eager = as_tuple(op.portable(**arguments))
     exact = as_tuple(op.reference(**in_float64(arguments)))
@@ -106,7 +85,7 @@ def test_gradients_are_within_the_error_budget(
     op: Op, sample: Sample, dtype: torch.dtype, kernel_device: str
 ) -> None:
     skip_unless_kernels_take(dtype, kernel_device)
-    arguments = require_grads(op, sample.make(kernel_device, dtype))
+    arguments = require_grads(sample.make(kernel_device, dtype))
     outputs = as_tuple(public(op, "reference")(**arguments))
     generator = torch.Generator().manual_seed(1)
     dense = tuple(torch.randn(o.shape, generator=generator).to(o) for o in outputs)
@@ -138,7 +117,7 @@ def test_opcheck(op: Op, sample: Sample) -> None:
 def test_compiles_to_one_graph_with_its_gradient(
     op: Op, sample: Sample, kernel_device: str
 ) -> None:
-    arguments = require_grads(op, sample.make(kernel_device, torch.float32))
+    arguments = require_grads(sample.make(kernel_device, torch.float32))
     for impl in ("triton", "auto"):
         function = public(op, impl)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

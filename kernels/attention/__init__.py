@@ -52,6 +52,7 @@ from .reference import (
     Options,
     QKNorm,
     Rope,
+    attend,
     backward_portable,
     backward_reference,
     portable,
@@ -403,6 +404,10 @@ ATTENTION_BACKWARD = define(
     backward_of="attention",
 )
 
+# From so many tokens on the products of a head outweigh its bytes, and what counts is how well a
+# kernel overlaps them with the exponentials: there libraries written for one card are ahead of us.
+LONG = 1024
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod
@@ -568,7 +573,8 @@ def attention(
             return None
         return f"backend {sdpa_backend(qkv, options, scale, dropout_p)}"
 
-    chosen = choose(ATTENTION, impl, *tensors, unfit=unfit, detail=detail)
+    avoid = predicted_slower(qkv, options) if qkv.is_cuda and impl == "auto" else None
+    chosen = choose(ATTENTION, impl, *tensors, unfit=unfit, avoid=avoid, detail=detail)
     if chosen == "triton":
         if wants_grad(*tensors):
             return _Attention.apply(qkv, *options, scale)
@@ -576,7 +582,7 @@ def attention(
     if chosen in ATTENTION.peers:
         return flash.run(chosen, qkv, options, scale, dropout_p)
     if chosen == "sdpa":
-        return portable(qkv, *options, scale, False, dropout_p)[0]
+        return attend(qkv, options, scale, dropout_p)
     return reference(qkv, *options, scale, False)[0]
 
 
@@ -590,4 +596,16 @@ def kernel_unfit(
         return f"no kernel for heads of {head_dim}, above {MAX_HEAD_DIM}"
     if wants_grad(sin, cos):
         return "it has no gradient for the angles of rope"
+    return None
+
+
+def predicted_slower(qkv: Tensor, options: Options) -> str | None:
+    """Why auto leaves our kernel alone, though it could run. Not measured yet."""
+    case = make_case(qkv, options)
+    if case.dtype == torch.float32 and case.width > 64 and not case.plain:
+        return "wide float32 heads with options: our kernels would spill registers"
+    if case.plain and qkv.shape[1] > LONG:
+        return (
+            f"more than {LONG:,} tokens: products outweigh memory, PyTorch's kernels do them faster"
+        )
     return None

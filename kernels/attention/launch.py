@@ -71,9 +71,9 @@ def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockCo
     tall = cdiv(queries, 128) * 2 == cdiv(queries, 64) and programs * cdiv(queries, 128) >= sms
     if case.hopper:
         return BlockConfig(128, 64, 8, 2) if tall or not case.plain else BlockConfig(64, 64, 4, 3)
-    if case.width <= (96 if case.plain else 64):
-        return BlockConfig(64, 64, 4, 3 if case.plain else 2)
-    return BlockConfig(128, 32, 8, 2)
+    if not case.plain:
+        return BlockConfig(64, 32, 4 if case.width <= 64 else 8, 2)
+    return BlockConfig(64, 64, 4, 3) if case.width <= 96 else BlockConfig(128, 32, 8, 2)
 
 
 def single_pass(keys: int, case: Case) -> bool:
@@ -92,27 +92,25 @@ def single_pass(keys: int, case: Case) -> bool:
 def backward_config(keys: int, case: Case) -> BlockConfig:
     """Blocks of the single-pass backward kernel; block_n covers all keys."""
     block_n = max(16, next_power_of_2(keys))
+    num_warps = 4 if block_n <= 64 else 8
     if case.dtype == torch.float32:
-        return BlockConfig(32, block_n, 8, 1)
-    if block_n > 128:
         return BlockConfig(32, block_n, 8, 1)
     if not case.plain:
         return BlockConfig(16, block_n, 8, 1)
-    if case.hopper:
-        return BlockConfig(64, block_n, 4 if block_n <= 64 else 8, 1)
-    return BlockConfig(32, block_n, 4 if block_n <= 64 else 8, 1)
+    # With one block on a multiprocessor, the next queries must be on their way: two stages.
+    if case.hopper and block_n == 128:
+        return BlockConfig(64, block_n, num_warps, 2)
+    return BlockConfig(32, block_n, num_warps, 2)
 
 
 def query_config(case: Case) -> BlockConfig:
     """Blocks of the kernel for dq."""
     if case.dtype == torch.float32:
         return BlockConfig(64 if case.width <= 80 else 32, 32, 8, 2)
+    if case.hopper and (case.plain or case.width <= 64):
+        return BlockConfig(64, 64, 4, 2)
     if case.hopper:
-        return (
-            BlockConfig(64, 64, 4, 2)
-            if case.plain or case.width <= 64
-            else BlockConfig(64, 32, 8, 2)
-        )
+        return BlockConfig(64, 32, 8, 2)
     if not case.plain:
         return BlockConfig(64, 16, 4, 2) if case.width <= 64 else BlockConfig(32, 32, 8, 1)
     if case.width <= 96:
@@ -126,11 +124,11 @@ def key_config(case: Case) -> BlockConfig:
         return BlockConfig(32 if case.width <= 64 else 16, 32, 8, 2)
     if case.hopper:
         if case.plain:
-            return BlockConfig(64, 64, 4, 2)
+            return BlockConfig(64 if case.width <= 96 else 32, 64, 4, 2)
         return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
     if not case.plain:
         return BlockConfig(16, 64, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 2)
-    return BlockConfig(64 if case.width <= 64 else 32, 64, 4, 2)
+    return BlockConfig(64 if case.width <= 64 else 32, 64, 4 if case.width <= 96 else 8, 2)
 
 
 def make_case(qkv: Tensor, options: Options) -> Case:

@@ -46,12 +46,11 @@ def portable(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's own attention."""
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-    q = q.transpose(1, 2)
-    stats = q.new_empty(0)
-    if need_stats:
-        acc = accumulate_dtype(q)
-        stats = probabilities(q.to(acc), k.to(acc), None, scale)[1]
-    return packed(sdpa(q, k, v, None, scale), None), saved(stats, None, need_stats)
+    q, acc = q.transpose(1, 2), accumulate_dtype(q)
+    out = packed(sdpa(q, k, v, None, scale), None)
+    if not need_stats:
+        return out, kv.new_empty(0, dtype=acc)
+    return out, saved(probabilities(q.to(acc), k.to(acc), None, scale)[1], None, True)
 
 
 def launch_forward(q: Tensor, kv: Tensor, scale: float, need_stats: bool) -> tuple[Tensor, Tensor]:

@@ -210,13 +210,17 @@ def portable(
         q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
         eps, rms, interleaved, max_seqlen,
     )  # fmt: skip
+    out, acc = attend(qkv, options, scale, dropout_p), accumulate_dtype(qkv)
+    if not need_stats:
+        return out, qkv.new_empty(0, dtype=acc)
+    q, k, _, mask, index = heads(qkv, options, None)
+    return out, saved(probabilities(q.to(acc), k.to(acc), mask, scale)[1], index, True)
+
+
+def attend(qkv: Tensor, options: Options, scale: float, dropout_p: float) -> Tensor:
+    """`portable` without the statistics."""
     q, k, v, mask, index = heads(qkv, options, None)
-    out = sdpa(q, k, v, mask, scale, dropout_p)
-    stats = q.new_empty(0)
-    if need_stats:  # nobody asks for this but a test: no other implementation wants it
-        acc = accumulate_dtype(q)
-        _, stats = probabilities(q.to(acc), k.to(acc), mask, scale)
-    return packed(out, index), saved(stats, index, need_stats)
+    return packed(sdpa(q, k, v, mask, scale, dropout_p), index)
 
 
 def sdpa(

@@ -126,6 +126,11 @@ def _sample(
     return Sample(label.strip(), args, {"pad": pad, "compute_dtype": same, "out_dtype": same})
 
 
+def to_public(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The op's arguments as those of `patch_embed`, which takes its compute dtype from autocast."""
+    return {k: v for k, v in arguments.items() if k != "compute_dtype"}
+
+
 def flops(images: Tensor, weight: Tensor, pad: bool, **_: Any) -> int:
     """The product over all patches."""
     return 2 * images.shape[0] * geometry(images, weight, pad).patches * weight.numel()
@@ -161,6 +166,7 @@ PATCH_EMBED = define(
     samples=samples,
     flops=flops,
     bytes_moved=bytes_moved,
+    to_public=to_public,
 )
 
 
