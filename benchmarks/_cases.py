@@ -112,13 +112,14 @@ def choose_ops(names: Iterable[str] | None) -> list[Op]:
 def cases(
     ops: Iterable[Op], sizes: Iterable[str], dtypes: Iterable[torch.dtype] = DTYPES
 ) -> Iterator[Case]:
-    """Every op with every sample of these sizes in every dtype; all of one size first."""
+    """Every op with every sample of these sizes in every dtype it is for; all of one size first."""
     ops, dtypes = tuple(ops), tuple(dtypes)
     for size in sizes:
         for op in ops:
             for sample in op.samples(size):
                 for dtype in dtypes:
-                    yield Case(op, size, sample, dtype)
+                    if sample.dtypes is None or dtype in sample.dtypes:
+                        yield Case(op, size, sample, dtype)
 
 
 def launches(case: Case, capability: tuple[int, int]) -> list[Launch]:

@@ -66,13 +66,15 @@ class Sample:
 
     Option values that are a function are called with the dtype under test, for arguments such as
     `out_dtype` that follow it. `derive` makes arguments that follow from the others, such as what a
-    forward pass saved: given all, it returns those to replace.
+    forward pass saved: given all, it returns those to replace. `dtypes` are those in which tools
+    compile and time it; all that kernels take if None.
     """
 
     label: str
     args: dict[str, Arg | None]
     options: dict[str, Any] = field(default_factory=dict)
     derive: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
 
     def make(self, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
         """Keyword arguments of the op."""

@@ -12,6 +12,8 @@ from tests.error_budget import assert_within_budget, gradients, in_float64
 from vitkern.kernels import REGISTRY, QKNorm, Rope, attention, attention_pool
 from vitkern.kernels._launch import intercept
 from vitkern.kernels._op import record_choices
+from vitkern.kernels.attention.launch import chunks, make_case, single_pass, split, tail
+from vitkern.kernels.attention.reference import Options
 
 LENGTHS = (1, 5, 17, 50, 197, 201, 257, 577)
 HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 128)
@@ -367,3 +369,28 @@ def test_pool_of_an_expanded_query(kernel_device: str) -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), (query, kv))))
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e)
+
+
+def test_heads_are_split_into_the_narrowest_two_chunks() -> None:
+    widths = {8: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16)}
+    widths |= {88: (64, 32), 96: (64, 32), 104: (128, 0), 128: (128, 0)}
+    assert {width: split(width) for width in widths} == widths
+    assert chunks(80, True, torch.bfloat16) == (64, 64, 64, 16)  # halves of 40 each
+
+
+def test_the_last_block_of_keys_is_as_small_as_it_can_be() -> None:
+    tails = {1: 16, 50: 64, 64: 0, 197: 16, 201: 16, 257: 16, 577: 16, 730: 32, 1370: 32}
+    assert {length: tail(length, 64) for length in tails} == tails
+
+
+def test_what_is_computed_in_one_launch_backward() -> None:
+    plain, other = Options(), Options(key_mask=torch.ones(1, 1).bool())
+    qkv = torch.empty(1, 1, 3, 1, 64, dtype=torch.bfloat16, device="meta")
+    most = {}
+    for card in ((8, 0), (9, 0)):
+        with intercept(lambda launch: None, card):
+            for name, options in (("plain", plain), ("masked", other)):
+                case = make_case(qkv, options)
+                most[card, name] = max(n for n in range(1, 400) if single_pass(n, case))
+            assert not single_pass(1, make_case(qkv.new_empty(1, 1, 3, 1, 80), plain))
+    assert list(most.values()) == [128, 64, 256, 64]

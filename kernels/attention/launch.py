@@ -64,8 +64,8 @@ class Case:
 
 def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockConfig:
     """Blocks of the forward kernel for this many queries and heads (`programs`)."""
-    if case.dtype == torch.float32:
-        return BlockConfig(64 if case.width <= 80 else 32, 32, 8, 2)
+    if case.dtype == torch.float32:  # small, here and below: operands of FMAs wait in registers
+        return BlockConfig(32, 32, 8, 2)
     # 128 queries read keys and values half as often as 64 do; but not if more of them are padding,
     # nor if that leaves multiprocessors idle.
     tall = cdiv(queries, 128) * 2 == cdiv(queries, 64) and programs * cdiv(queries, 128) >= sms
@@ -92,11 +92,11 @@ def single_pass(keys: int, case: Case) -> bool:
 def backward_config(keys: int, case: Case) -> BlockConfig:
     """Blocks of the single-pass backward kernel; block_n covers all keys."""
     block_n = max(16, next_power_of_2(keys))
-    num_warps = 4 if block_n <= 64 else 8
     if case.dtype == torch.float32:
-        return BlockConfig(32, block_n, 8, 1)
+        return BlockConfig(16, block_n, 4 if case.hopper and block_n < 64 else 8, 1)
     if not case.plain:
-        return BlockConfig(16, block_n, 8, 1)
+        return BlockConfig(16, block_n, 4 if block_n < 64 else 8, 1)
+    num_warps = 4 if block_n <= 64 else 8
     # With one block on a multiprocessor, the next queries must be on their way: two stages.
     if case.hopper and block_n == 128:
         return BlockConfig(64, block_n, num_warps, 2)
@@ -106,7 +106,7 @@ def backward_config(keys: int, case: Case) -> BlockConfig:
 def query_config(case: Case) -> BlockConfig:
     """Blocks of the kernel for dq."""
     if case.dtype == torch.float32:
-        return BlockConfig(64 if case.width <= 80 else 32, 32, 8, 2)
+        return BlockConfig(16, 16, 8, 2)
     if case.hopper and (case.plain or case.width <= 64):
         return BlockConfig(64, 64, 4, 2)
     if case.hopper:
@@ -121,7 +121,7 @@ def query_config(case: Case) -> BlockConfig:
 def key_config(case: Case) -> BlockConfig:
     """Blocks of the kernel for dk and dv."""
     if case.dtype == torch.float32:
-        return BlockConfig(32 if case.width <= 64 else 16, 32, 8, 2)
+        return BlockConfig(16, 32, 4, 2)
     if case.hopper:
         if case.plain:
             return BlockConfig(64 if case.width <= 96 else 32, 64, 4, 2)

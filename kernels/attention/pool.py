@@ -82,7 +82,9 @@ def samples(size: str) -> Iterable[Sample]:
                 "q": Arg((batch, queries, heads, head_dim)),
                 "kv": Arg((batch, tokens, 2, heads, head_dim)),
             }
-            yield Sample(label, args, {"scale": head_dim**-0.5, "need_stats": need_stats})
+            low = (torch.bfloat16, torch.float16) if head_dim > 64 else None
+            options = {"scale": head_dim**-0.5, "need_stats": need_stats}
+            yield Sample(label, args, options, dtypes=low)
 
 
 def to_public(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +178,7 @@ def backward_samples(size: str) -> Iterable[Sample]:
             | {"out": None, "stats": None},
             {"scale": sample.options["scale"]},
             derive=saved_by_forward if tiny_stats else saved_if_needed if size == "vit" else None,
+            dtypes=sample.dtypes,
         )
 
 
@@ -271,7 +274,10 @@ def attention_pool(
         unfit = f"no kernel for heads of {head_dim}, above {MAX_HEAD_DIM}"
     elif q.dtype != kv.dtype:
         unfit = "q and kv differ in dtype"
-    chosen = choose(ATTENTION_POOL, impl, q, kv, unfit={"triton": unfit})
+    avoid = None
+    if kv.dtype == torch.float32 and head_dim > 64:
+        avoid = "float32 heads wider than 64: our kernels would spill registers"
+    chosen = choose(ATTENTION_POOL, impl, q, kv, unfit={"triton": unfit}, avoid=avoid)
     if chosen == "triton":
         if wants_grad(q, kv):
             return _AttentionPool.apply(q, kv, scale)
