@@ -92,10 +92,8 @@ def single_pass(keys: int, case: Case) -> bool:
 def backward_config(keys: int, case: Case) -> BlockConfig:
     """Blocks of the single-pass backward kernel; block_n covers all keys."""
     block_n = max(16, next_power_of_2(keys))
-    if case.dtype == torch.float32:
-        return BlockConfig(16, block_n, 4 if case.hopper and block_n < 64 else 8, 1)
-    if not case.plain:
-        return BlockConfig(16, block_n, 4 if block_n < 64 else 8, 1)
+    if case.dtype == torch.float32 or not case.plain:
+        return BlockConfig(16, block_n, 4 if block_n < 64 and not case.plain else 8, 1)
     num_warps = 4 if block_n <= 64 else 8
     # With one block on a multiprocessor, the next queries must be on their way: two stages.
     if case.hopper and block_n == 128:
