@@ -140,7 +140,7 @@ def samples(size: str) -> Iterable[Sample]:
     yield _sample(1, 21, 1, 40, need_stats=True)  # two chunks of columns
     yield _sample(2, 19, 2, 16, norm="ln")
     yield _sample(1, 19, 2, 40, norm="rms", rope="halves", prefix=2, need_stats=True)
-    yield _sample(2, 18, 2, 8, norm="ln", rope="interleaved", prefix=1)
+    yield _sample(2, 18, 2, 8, norm="ln", rope="interleaved", prefix=1, low=True)
     yield _sample(3, 18, 1, 16, mask=True)
     yield _sample(2, 33, 1, 16, mask=True, need_stats=True)
     yield _sample((5, 5, 22, 23), 0, 2, 16)
@@ -415,7 +415,7 @@ class _Attention(torch.autograd.Function):
     ):  # fmt: skip
         tensors = (q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
         options = (eps, rms, interleaved, max_seqlen, scale)
-        need_stats = needs_stats(qkv, Options(*tensors, *options[:4]))
+        need_stats = needs_stats(qkv, Options(*tensors, eps, rms, interleaved, max_seqlen))
         out, stats = ATTENTION.call(qkv, *tensors, *options, need_stats)
         ctx.save_for_backward(qkv, *((out, stats) if need_stats else (None, None)), *tensors)
         ctx.options = options
@@ -516,7 +516,9 @@ def attention(
     eps, rms, interleaved, longest = 0.0, False, False, 0
     if qk_norm is not None:
         q_weight, q_bias, k_weight, k_bias, eps, rms = qk_norm
-        for what, vector in zip(QKNorm._fields, qk_norm[:4], strict=False):
+        for what, vector in (
+            ("q_weight", q_weight), ("q_bias", q_bias), ("k_weight", k_weight), ("k_bias", k_bias)
+        ):  # fmt: skip
             check_shape(name, f"qk_norm.{what}", vector, head_dim)
     if rope is not None:
         sin, cos, interleaved = rope
@@ -553,11 +555,8 @@ def attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = head_dim**-0.5 if scale is None else scale
-    options = Options(
-        q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens,
-        eps, rms, interleaved, longest,
-    )  # fmt: skip
-    tensors = (qkv, *options[:8])
+    extras = (q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
+    options, tensors = Options(*extras, eps, rms, interleaved, longest), (qkv, *extras)
     unfit = {"triton": kernel_unfit(head_dim, sin, cos, dropout_p)}
     if dropout_p:
         unfit["reference"] = "it has no dropout"

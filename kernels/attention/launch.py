@@ -73,7 +73,7 @@ def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockCo
         return BlockConfig(128, 64, 8, 2) if tall or not case.plain else BlockConfig(64, 64, 4, 3)
     if not case.plain:
         return BlockConfig(64, 32, 4 if case.width <= 64 else 8, 2)
-    return BlockConfig(64, 64, 4, 3) if case.width <= 96 else BlockConfig(128, 32, 8, 2)
+    return BlockConfig(64, 64, 4, 3) if case.width <= 96 else BlockConfig(64, 16, 8, 2)
 
 
 def single_pass(keys: int, case: Case) -> bool:
@@ -84,7 +84,9 @@ def single_pass(keys: int, case: Case) -> bool:
     """
     if case.width > 64:
         return False
-    if case.dtype == torch.float32 or not case.plain:
+    if case.dtype == torch.float32:
+        return case.plain and keys <= 64
+    if not case.plain:
         return keys <= 64
     return keys <= (256 if case.hopper else 128)
 
@@ -111,28 +113,29 @@ def query_config(case: Case) -> BlockConfig:
         return BlockConfig(64, 32, 8, 2)
     if not case.plain:
         return BlockConfig(64, 16, 4, 2) if case.width <= 64 else BlockConfig(32, 32, 8, 1)
-    if case.width <= 96:
-        return BlockConfig(64, 64 if case.width <= 64 else 32, 4, 2)
-    return BlockConfig(128, 32, 8, 2)
+    return BlockConfig(64, 32, 4, 2) if case.width <= 96 else BlockConfig(128, 32, 8, 2)
 
 
 def key_config(case: Case) -> BlockConfig:
     """Blocks of the kernel for dk and dv."""
     if case.dtype == torch.float32:
-        return BlockConfig(16, 32, 4, 2)
+        return BlockConfig(16, 16, 8, 2)
     if case.hopper:
         if case.plain:
             return BlockConfig(64 if case.width <= 96 else 32, 64, 4, 2)
         return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
     if not case.plain:
         return BlockConfig(16, 64, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 2)
-    return BlockConfig(64 if case.width <= 64 else 32, 64, 4 if case.width <= 96 else 8, 2)
+    if 64 < case.width <= 96:  # two chunks of operands
+        return BlockConfig(16, 64, 4, 1)
+    return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
 
 
 def make_case(qkv: Tensor, options: Options) -> Case:
     """The case of a call on `qkv`, or on any of its parts."""
     rotated = options.sin is not None
-    plain = all(t is None for t in options[:8])
+    extras = (options.q_weight, options.sin, options.key_mask, options.cu_seqlens)
+    plain = all(t is None for t in extras)
     first, second, *_ = chunks(qkv.shape[-1], rotated, qkv.dtype)
     return Case(first + second, qkv.dtype, capability(qkv.device) >= (9, 0), plain)
 

@@ -103,7 +103,7 @@ def prepare(
     """Norm and rotate queries and keys [..., N, d]; in `acc`, which is then their dtype, or by
     ATen's norm in their own dtype where that is None.
     """
-    q_weight, q_bias, k_weight, k_bias, sin, cos = options[:6]
+    q_weight, q_bias, k_weight, k_bias, sin, cos, *_ = options
     eps, rms, dtype = options.eps, options.rms, q.dtype
     if q_weight is not None and k_weight is not None:
         if acc is None:
