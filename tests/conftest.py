@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "gpu" in item.keywords and (not GPU or INTERPRET):
             reason = "TRITON_INTERPRET=1 is set" if GPU else "needs a CUDA GPU"
             item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: "slow" in item.keywords)  # a time budget must not cut off the rest
 
 
 @pytest.fixture(

@@ -6,7 +6,9 @@ embedding the chunks of queries and keys are instead the first and the second el
 pairs that are rotated, wherever those lie in memory. Then the rotation is elementwise between two
 tiles, forward and backward, and the products never notice: they sum over all columns anyway.
 
-Softmax is in base 2: exp2(x log2(e)) = e^x, one instruction on a GPU. Every sum is in float32.
+Softmax of 16-bit inputs is in base 2: exp2(x log2(e)) = e^x, one instruction on a GPU, with log2(e)
+a part of the scale. In float32 (NATURAL) that product would round each logit once more, at its full
+size; there the exponent is taken of the difference. Every sum is in float32.
 """
 
 # Triton has no types to give its kernels:
@@ -261,6 +263,15 @@ def _product(a1, b1, a2, b2, SECOND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @jit
+def _power(x, NATURAL: tl.constexpr):
+    """The exponential, of a difference of logits."""
+    if NATURAL:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x)
+
+
+@jit
 def _sequence(cu_seqlens, b, length, stride_b, stride_n):
     """(offset of image b's first token, its length, its row among all tokens)."""
     if cu_seqlens is None:
@@ -301,6 +312,7 @@ def _attend(
     RMS: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """One step of the online softmax."""
     k1, k2 = _load_head(
@@ -317,8 +329,8 @@ def _attend(
     base = new
     if key_mask is not None:  # no key so far: any finite number will do
         base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s - base[:, None])
-    shrink = tl.exp2(m - base)
+    p = _power(s - base[:, None], NATURAL)
+    shrink = _power(m - base, NATURAL)
     l = l * shrink + tl.sum(p, axis=1)
     PADDED1: tl.constexpr = HEAD_DIM < V_FIRST
     PADDED2: tl.constexpr = HEAD_DIM != V_FIRST + V_SECOND
@@ -360,7 +372,7 @@ def forward_kernel(
     total,  # rows of stats: all tokens
     blocks,  # of queries, a head
     skipped,  # prefix tokens without rotation
-    scale,  # times log2(e)
+    scale,  # times log2(e), unless NATURAL
     eps,
     HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr,
@@ -374,6 +386,7 @@ def forward_kernel(
     TAIL: tl.constexpr,
     HEAD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     # Blocks of one head, then heads of one image, run side by side: their keys are in the cache.
     pid = tl.program_id(0)
@@ -409,13 +422,13 @@ def forward_kernel(
         m, l, o1, o2 = _attend(
             m, l, o1, o2, q1, q2, k, v, start + tl.arange(0, BLOCK_N), key_mask, k_n,
             k_length, k_weight, k_bias, sin, cos, skipped, scale, eps,
-            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, False, PRECISION,
+            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, False, PRECISION, NATURAL,
         )  # fmt: skip
     if TAIL:
         m, l, o1, o2 = _attend(
             m, l, o1, o2, q1, q2, k, v, whole + tl.arange(0, TAIL), key_mask, k_n,
             k_length, k_weight, k_bias, sin, cos, skipped, scale, eps,
-            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, True, PRECISION,
+            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, True, PRECISION, NATURAL,
         )  # fmt: skip
     if key_mask is not None:  # a query without keys: zero
         l = tl.where(l == 0.0, 1.0, l)
@@ -427,6 +440,10 @@ def forward_kernel(
     _store_head(out, rows, H * HEAD_DIM, q_length, o1, o2, HEAD_DIM, V_FIRST, V_SECOND, "")
     if stats is not None:
         stats += h.to(tl.int64) * total + q_row
+        if NATURAL:  # to base 2, and the sum to what backward will make of that
+            natural = m
+            m = m * 1.4426950408889634
+            l = l * tl.exp(natural - m * 0.6931471805599453)
         tl.store(stats + rows, m, mask=rows < q_length)
         tl.store(stats + tl.cast(H, tl.int64) * total + rows, l, mask=rows < q_length)
 
@@ -468,7 +485,7 @@ def backward_kernel(
     Nq,
     Nk,
     skipped,
-    scale,  # times log2(e)
+    scale,  # times log2(e), unless NATURAL
     eps,
     HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr,
@@ -481,6 +498,7 @@ def backward_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """All gradients of one head in one pass, from q, k, v and dout alone.
 
@@ -543,7 +561,7 @@ def backward_kernel(
     if SECOND:
         sum_w2 = tl.zeros([SECOND], dtype=tl.float32)
         sum_b2 = tl.zeros([SECOND], dtype=tl.float32)
-    factor = scale * 0.6931471805599453  # without log2(e)
+    factor = scale if NATURAL else scale * 0.6931471805599453  # without log2(e)
 
     for start in range(0, q_length, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -560,7 +578,7 @@ def backward_kernel(
         m = tl.max(s, axis=0)
         if key_mask is not None:  # a query without keys: any finite number will do
             m = tl.where(m == float("-inf"), 0.0, m)
-        p = tl.exp2(s - m[None, :])
+        p = _power(s - m[None, :], NATURAL)
         l = tl.sum(p, axis=0)
         if key_mask is not None:
             l = tl.where(l == 0.0, 1.0, l)
@@ -641,13 +659,15 @@ def _query_step(
     RMS: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """What one block of keys adds to dq."""
     k1, k2 = _load_head(
         k, keys, k_n, length, k_weight, k_bias, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS, MASKED,
     )  # fmt: skip
-    p = tl.exp2(_product(q1, k1, q2, k2, SECOND, PRECISION) * scale - row_max[:, None])
+    s = _product(q1, k1, q2, k2, SECOND, PRECISION) * scale
+    p = _power(s - row_max[:, None], NATURAL)
     p = p * (1.0 / row_sum)[:, None]
     if MASKED:
         p = tl.where((keys < length)[None, :], p, 0.0)
@@ -707,7 +727,7 @@ def backward_query_kernel(
     total,
     blocks,
     skipped,
-    scale,  # times log2(e)
+    scale,  # times log2(e), unless NATURAL
     eps,
     HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr,
@@ -721,6 +741,7 @@ def backward_query_kernel(
     TAIL: tl.constexpr,
     HEAD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """dq of one block of queries, over all keys; and delta on the way, as out is read here."""
     pid = tl.program_id(0)
@@ -768,6 +789,8 @@ def backward_query_kernel(
         row_delta += tl.sum(do2.to(tl.float32) * o.to(tl.float32), axis=1)
     tl.store(delta + rows, row_delta, mask=rows < q_length)
     row_max = tl.load(stats + rows, mask=rows < q_length, other=0.0)
+    if NATURAL:
+        row_max = row_max * 0.6931471805599453
     row_sum = tl.load(sums + rows, mask=rows < q_length, other=1.0)
 
     dq1 = tl.zeros([BLOCK_M, FIRST], dtype=tl.float32)
@@ -780,16 +803,16 @@ def backward_query_kernel(
             dq1, dq2, q1, q2, do1, do2, row_max, row_sum, row_delta, k, v,
             start + tl.arange(0, BLOCK_N), key_mask, k_n, k_length, k_weight, k_bias, sin, cos,
             skipped, scale, eps,
-            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, False, PRECISION,
+            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, False, PRECISION, NATURAL,
         )  # fmt: skip
     if TAIL:
         dq1, dq2 = _query_step(
             dq1, dq2, q1, q2, do1, do2, row_max, row_sum, row_delta, k, v,
             whole + tl.arange(0, TAIL), key_mask, k_n, k_length, k_weight, k_bias, sin, cos,
             skipped, scale, eps,
-            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, True, PRECISION,
+            HEAD_DIM, FIRST, SECOND, V_FIRST, V_SECOND, ROPE, RMS, True, PRECISION, NATURAL,
         )  # fmt: skip
-    factor = scale * 0.6931471805599453  # without log2(e)
+    factor = scale if NATURAL else scale * 0.6931471805599453  # without log2(e)
     dq1, dq2, w1, w2, b1, b2 = _head_gradient(
         dq1 * factor, dq2 * factor, q, rows, q_n, q_length, q_weight, sin, cos, skipped, eps,
         HEAD_DIM, FIRST, SECOND, ROPE, RMS,
@@ -839,7 +862,7 @@ def backward_key_kernel(
     total,
     blocks,  # of keys, a head
     skipped,
-    scale,  # times log2(e)
+    scale,  # times log2(e), unless NATURAL
     eps,
     HEAD_DIM: tl.constexpr,
     FIRST: tl.constexpr,
@@ -852,6 +875,7 @@ def backward_key_kernel(
     BLOCK_N: tl.constexpr,
     HEAD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):
     """dk and dv of one block of keys, over all queries; logits transposed as in backward_kernel.
 
@@ -916,8 +940,11 @@ def backward_key_kernel(
             HEAD_DIM, FIRST, SECOND, ROPE, RMS, True,
         )  # fmt: skip
         row_max = tl.load(stats + rows, mask=rows < q_length, other=0.0)
+        if NATURAL:
+            row_max = row_max * 0.6931471805599453
         row_sum = tl.load(sums + rows, mask=rows < q_length, other=1.0)
-        p = tl.exp2(_product(k1, q1, k2, q2, SECOND, PRECISION) * scale - row_max[None, :])
+        s = _product(k1, q1, k2, q2, SECOND, PRECISION) * scale
+        p = _power(s - row_max[None, :], NATURAL)
         p = p * (1.0 / row_sum)[None, :]
         if key_mask is not None:
             p = tl.where(kept[:, None], p, 0.0)
@@ -936,7 +963,7 @@ def backward_key_kernel(
         if SECOND:
             dk2 = tl.dot(ds, q2, acc=dk2, input_precision=PRECISION)
 
-    factor = scale * 0.6931471805599453  # without log2(e)
+    factor = scale if NATURAL else scale * 0.6931471805599453  # without log2(e)
     # First, as the way back through norm and rotation needs registers.
     _store_head(dv, keys, dk_n, k_length, dv1, dv2, HEAD_DIM, V_FIRST, V_SECOND, "")
     dk1, dk2, w1, w2, b1, b2 = _head_gradient(

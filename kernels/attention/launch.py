@@ -72,7 +72,7 @@ def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockCo
     if case.hopper:
         return BlockConfig(128, 64, 8, 2) if tall or not case.plain else BlockConfig(64, 64, 4, 3)
     if not case.plain:
-        return BlockConfig(64, 32, 4 if case.width <= 64 else 8, 2)
+        return BlockConfig(64, 32, 4, 2) if case.width <= 64 else BlockConfig(32, 32, 8, 2)
     return BlockConfig(64, 64, 4, 3) if case.width <= 96 else BlockConfig(64, 16, 8, 2)
 
 
@@ -84,9 +84,7 @@ def single_pass(keys: int, case: Case) -> bool:
     """
     if case.width > 64:
         return False
-    if case.dtype == torch.float32:
-        return case.plain and keys <= 64
-    if not case.plain:
+    if case.dtype == torch.float32 or not case.plain:
         return keys <= 64
     return keys <= (256 if case.hopper else 128)
 
@@ -112,7 +110,7 @@ def query_config(case: Case) -> BlockConfig:
     if case.hopper:
         return BlockConfig(64, 32, 8, 2)
     if not case.plain:
-        return BlockConfig(64, 16, 4, 2) if case.width <= 64 else BlockConfig(32, 32, 8, 1)
+        return BlockConfig(64, 16, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 1)
     return BlockConfig(64, 32, 4, 2) if case.width <= 96 else BlockConfig(128, 32, 8, 2)
 
 
@@ -171,7 +169,8 @@ class _Call:
         self.q, self.k, self.v = q, k, v
         self.heads, self.head_dim = q.shape[-2:]
         self.case = make_case(q, options)
-        self.scale, self.eps, self.skipped = scale * LOG2E, options.eps, 0
+        natural = q.dtype == torch.float32
+        self.scale, self.eps, self.skipped = scale if natural else scale * LOG2E, options.eps, 0
         self.varlen = options.cu_seqlens is not None
         # Of the norms' gradients, where there are norms.
         self.dtype = None if options.q_weight is None else options.q_weight.dtype
@@ -201,6 +200,7 @@ class _Call:
             "ROPE": rope,
             "RMS": options.rms,
             "PRECISION": dot_precision(q.dtype),
+            "NATURAL": natural,
         }
 
     def tail(self, block: int) -> int:
