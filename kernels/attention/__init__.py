@@ -140,7 +140,7 @@ def samples(size: str) -> Iterable[Sample]:
     yield _sample(1, 21, 1, 40, need_stats=True)  # two chunks of columns
     yield _sample(2, 19, 2, 16, norm="ln")
     yield _sample(1, 19, 2, 40, norm="rms", rope="halves", prefix=2, need_stats=True)
-    yield _sample(2, 18, 2, 8, norm="ln", rope="interleaved", prefix=1, low=True)
+    yield _sample(2, 18, 2, 16, norm="ln", rope="interleaved", prefix=1, low=True)
     yield _sample(3, 18, 1, 16, mask=True)
     yield _sample(2, 33, 1, 16, mask=True, need_stats=True)
     yield _sample((5, 5, 22, 23), 0, 2, 16)
