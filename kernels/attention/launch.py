@@ -65,7 +65,7 @@ class Case:
 def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockConfig:
     """Blocks of the forward kernel for this many queries and heads (`programs`)."""
     if case.dtype == torch.float32:  # small, here and below: operands of FMAs wait in registers
-        return BlockConfig(32, 32, 8, 2)
+        return BlockConfig(32, 32, 8, 2) if case.plain else BlockConfig(16, 32, 4, 2)
     # 128 queries read keys and values half as often as 64 do; but not if more of them are padding,
     # nor if that leaves multiprocessors idle.
     tall = cdiv(queries, 128) * 2 == cdiv(queries, 64) and programs * cdiv(queries, 128) >= sms
@@ -124,9 +124,9 @@ def key_config(case: Case) -> BlockConfig:
         return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
     if not case.plain:
         return BlockConfig(16, 64, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 2)
-    if 64 < case.width <= 96:  # two chunks of operands
-        return BlockConfig(16, 64, 4, 1)
-    return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
+    if case.width <= 96:  # beyond 64 two chunks of operands: none may be on their way as well
+        return BlockConfig(16, 64, 4, 2 if case.width <= 64 else 1)
+    return BlockConfig(32, 64, 8, 2)
 
 
 def make_case(qkv: Tensor, options: Options) -> Case:
