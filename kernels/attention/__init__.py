@@ -139,7 +139,7 @@ def samples(size: str) -> Iterable[Sample]:
     yield _sample(0, 3, 2, 8)
     yield _sample(1, 21, 1, 40, need_stats=True)  # two chunks of columns
     yield _sample(2, 19, 2, 16, norm="ln")
-    yield _sample(1, 19, 2, 40, norm="rms", rope="halves", prefix=2, need_stats=True)
+    yield _sample(1, 19, 2, 40, norm="rms", rope="halves", prefix=2, need_stats=True, low=True)
     yield _sample(2, 18, 2, 16, norm="ln", rope="interleaved", prefix=1, low=True)
     yield _sample(3, 18, 1, 16, mask=True)
     yield _sample(2, 33, 1, 16, mask=True, need_stats=True)
@@ -603,8 +603,8 @@ def kernel_unfit(
 def predicted_slower(qkv: Tensor, options: Options) -> str | None:
     """Why auto leaves our kernel alone, though it could run. Not measured yet."""
     case = make_case(qkv, options)
-    if case.dtype == torch.float32 and case.width > 64:
-        return "float32 heads wider than 64: our kernels would spill registers"
+    if case.dtype == torch.float32 and (case.width > 64 or not case.plain):
+        return "float32, wide heads or options: our kernels may spill registers"
     if case.plain and qkv.shape[1] > LONG:
         return (
             f"more than {LONG:,} tokens: products outweigh memory, PyTorch's kernels do them faster"
