@@ -134,7 +134,7 @@ def launches(case: Case, capability: tuple[int, int]) -> list[Launch]:
 def kernel_name(launch: Launch) -> str:
     """ "attention.forward_kernel": two ops may give their kernels one name."""
     function = launch.kernel.fn
-    place = function.__module__.removeprefix("vitkern.kernels.").removesuffix(".kernels")
+    place = function.__module__.removeprefix("vitkern.kernels.").split(".")[0]
     return f"{place.strip('_')}.{function.__name__.strip('_')}"
 
 

@@ -278,6 +278,16 @@ def test_the_record_names_the_backend_of_sdpa() -> None:
     assert choices[1].why.split()[-1] in ("flash", "math")
 
 
+@pytest.mark.parametrize("impl", ["triton", "sdpa", "reference"])
+def test_no_images_and_no_tokens(impl: str, kernel_device: str) -> None:
+    for batch, tokens in ((0, 4), (2, 0)):
+        qkv = torch.zeros(batch, tokens, 3, 1, 8, device=kernel_device, requires_grad=True)
+        out = attention(qkv, impl=impl)
+        out.sum().backward()
+        assert out.shape == (batch, tokens, 8)
+        assert qkv.grad.shape == qkv.shape
+
+
 def test_a_wide_head_goes_to_pytorch() -> None:
     qkv = normal(1, 5, 3, 1, 160)
     torch.testing.assert_close(attention(qkv), attention(qkv, impl="reference"))

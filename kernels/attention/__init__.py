@@ -19,9 +19,10 @@ Sources: Vaswani et al., "Attention Is All You Need", 2017; online softmax and r
 al., "FlashAttention", 2022; QK-norm: Henry et al., 2020; rotary embedding: Su et al., "RoFormer",
 2021, over two axes as in Fang et al., "EVA-02", 2023 and Simeoni et al., "DINOv3", 2025.
 
-This folder in the order of an op file: reference.py, kernels.py, launch.py, flash.py (the packages
-of that name), and here samples, costs, define(), autograd and the public function. pool.py is the
-second form, one or few queries against many keys, on the same kernels; rope.py makes the angles.
+This folder in the order of an op file: reference.py; the kernels in tiles.py, forward.py and
+backward.py; launch.py; flash.py (the packages of that name); and here samples, costs, define(),
+autograd and the public function. pool.py is the second form, one or few queries against many keys,
+on the same kernels; rope.py makes the angles.
 """
 
 import math
@@ -119,7 +120,7 @@ def fake(
 def samples(size: str) -> Iterable[Sample]:
     """Every option at odd lengths and head sizes; or the attention of real ViTs.
 
-    The latter are the lengths of ViTs at 64 heads of 64, and each head size in use at one length.
+    The latter are the lengths of ViTs at heads of 64, and each other head size at one length.
     """
     if size == "vit":
         for batch, tokens in ((64, 50), (64, 201), (64, 257), (16, 577), (16, 730), (4, 1370)):
@@ -495,8 +496,9 @@ def attention(
         key_mask: bool [B, N], True where a token may be attended to, or None. A query without any
             keys gives zeros.
         cu_seqlens: int32 [B + 1], where each image begins, and the total.
-        max_seqlen: the longest image. If None it is read from `cu_seqlens`, and the values are
-            checked; with CUDA tensors that waits for the GPU, which a CUDA graph doesn't allow.
+        max_seqlen: the longest image, or more. If None it is read from `cu_seqlens`, and the values
+            are checked; with CUDA tensors that waits for the GPU, which a CUDA graph doesn't allow.
+            If given with CUDA tensors, nothing is checked: results are undefined where it is wrong.
         dropout_p: probability of dropping an attention weight; pass 0 outside training.
         impl: "auto"; "triton" (ours); "flash" (the newest FlashAttention package that is installed
             and takes the call), or one by name: "flash2", "flash3", "flash4"; "sdpa" (PyTorch's
@@ -607,6 +609,6 @@ def predicted_slower(qkv: Tensor, options: Options) -> str | None:
         return "float32, wide heads or options: our kernels may spill registers"
     if case.plain and qkv.shape[1] > LONG:
         return (
-            f"more than {LONG:,} tokens: products outweigh memory, PyTorch's kernels do them faster"
+            f"more than {LONG:,} tokens: PyTorch's kernels are predicted to do the products faster"
         )
     return None

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._launch import capability, cdiv, dot_precision, launch, next_power_of_2, sm_count
 from .._reduce import column_sum
-from .kernels import backward_kernel, backward_key_kernel, backward_query_kernel, forward_kernel
+from .backward import backward_kernel, backward_key_kernel, backward_query_kernel
+from .forward import forward_kernel
 from .reference import Options
 
 LOG2E = 1.4426950408889634
@@ -124,6 +125,8 @@ def key_config(case: Case) -> BlockConfig:
         return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
     if not case.plain:
         return BlockConfig(16, 64, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 2)
+    if case.width <= 32:
+        return BlockConfig(32, 64, 4, 2)
     if case.width <= 96:  # beyond 64 two chunks of operands: none may be on their way as well
         return BlockConfig(16, 64, 4, 2 if case.width <= 64 else 1)
     return BlockConfig(32, 64, 8, 2)

@@ -140,6 +140,8 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> tu
     log2(e) and its sum of exponentials. A query without keys has probabilities 0, and 0 and 1.
     """
     logits = q @ k.transpose(-2, -1) * scale
+    if logits.numel() == 0:
+        return logits, logits.new_zeros(2, *logits.shape[:-1])
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     largest = logits.amax(-1, keepdim=True)
