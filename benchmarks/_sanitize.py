@@ -18,13 +18,14 @@ import linecache
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._op import Op, Sample
@@ -305,6 +306,10 @@ def check_symbolically(call: Callable[[], Any]) -> tuple[list[str], list[str]]:
 
     def handle(launch: Launch) -> None:
         name = launch.kernel.fn.__name__
+        # triton-viz 3.0 adds a view's storage offset to its address, which holds it already: give
+        # it the same memory as tensors whose storage begins where they do.
+        args = [from_dlpack(a) if isinstance(a, Tensor) else a for a in launch.args]
+        launch = replace(launch, args=tuple(args))
         sanitizer = Sanitizer(abort_on_error=False)
         try:
             with contextlib.redirect_stdout(sys.stderr):
