@@ -20,9 +20,9 @@ al., "FlashAttention", 2022; QK-norm: Henry et al., 2020; rotary embedding: Su e
 2021, over two axes as in Fang et al., "EVA-02", 2023 and Simeoni et al., "DINOv3", 2025.
 
 This folder in the order of an op file: reference.py; the kernels in tiles.py, forward.py and
-backward.py; launch.py; flash.py (the packages of that name); and here samples, costs, define(),
-autograd and the public function. pool.py is the second form, one or few queries against many keys,
-on the same kernels; rope.py makes the angles.
+backward.py; launch.py; flash.py (the packages of that name); costs.py, which has the samples, too;
+and here define(), autograd and the public function. pool.py is the second form, one or few queries
+against many keys, on the same kernels; rope.py makes the angles.
 """
 
 import math
@@ -43,11 +43,20 @@ from .._op import (
     choose,
     define,
     dtype_name,
-    total_bytes,
     wants_grad,
 )
 from . import flash
-from .launch import MAX_HEAD_DIM, backward, forward, make_case, rows_dense, single_pass
+from .costs import backward_bytes_moved, backward_flops, bytes_moved, flops, samples
+from .launch import (
+    MAY_SPILL,
+    backward,
+    forward,
+    make_case,
+    may_spill,
+    rows_dense,
+    single_pass,
+    width_problem,
+)
 from .pool import attention_pool
 from .reference import (
     Options,
@@ -117,90 +126,6 @@ def fake(
     )
 
 
-def samples(size: str) -> Iterable[Sample]:
-    """Every option at odd lengths and head sizes; or the attention of real ViTs.
-
-    The latter are the lengths of ViTs at heads of 64, and each other head size at one length.
-    """
-    if size == "vit":
-        for batch, tokens in ((64, 50), (64, 201), (64, 257), (16, 577), (16, 730), (4, 1370)):
-            yield _sample(batch, tokens, 12, 64, low=True)
-        yield _sample(64, 197, 12, 64)
-        yield _sample(64, 197, 12, 64, norm="ln", low=True)
-        yield _sample(64, 201, 12, 64, rope="halves", prefix=5, low=True)
-        for tokens, heads, head_dim in (
-            (197, 6, 32), (197, 8, 48), (729, 16, 72), (257, 16, 80), (257, 16, 88), (257, 12, 96),
-            (257, 16, 104), (257, 16, 128),
-        ):  # fmt: skip
-            yield _sample(64, tokens, heads, head_dim, low=True)
-        return
-    yield _sample(2, 5, 2, 8)
-    yield _sample(1, 17, 3, 24, need_stats=True)
-    yield _sample(2, 1, 1, 16)
-    yield _sample(0, 3, 2, 8)
-    yield _sample(1, 21, 1, 40, need_stats=True)  # two chunks of columns
-    yield _sample(2, 19, 2, 16, norm="ln")
-    yield _sample(1, 19, 2, 40, norm="rms", rope="halves", prefix=2, need_stats=True, low=True)
-    yield _sample(2, 18, 2, 16, norm="ln", rope="interleaved", prefix=1, low=True)
-    yield _sample(3, 18, 1, 16, mask=True)
-    yield _sample(2, 33, 1, 16, mask=True, need_stats=True)
-    yield _sample((5, 5, 22, 23), 0, 2, 16)
-    yield _sample((5, 5, 22, 23), 0, 1, 16, norm="rms", rope="interleaved", need_stats=True)
-
-
-def _sample(
-    batch: int | tuple[int, ...],
-    tokens: int,
-    heads: int,
-    head_dim: int,
-    norm: str = "",
-    rope: str = "",
-    prefix: int = 0,
-    mask: bool = False,
-    need_stats: bool = False,
-    low: bool = False,
-) -> Sample:
-    """One call; a tuple for `batch` are the ends of sequences of varying length.
-
-    low: in 16 bits only, as models of this kind run; float32 has a sample of its own.
-    """
-    if isinstance(batch, tuple):
-        shape: tuple[int, ...] = (batch[-1],)
-        cu_seqlens: Arg | None = Arg((len(batch) + 1,), torch.int32, values=(0, *batch))
-        longest = max(b - a for a, b in pairwise((0, *batch)))
-        label = f"ends={batch}"
-    else:
-        shape, cu_seqlens, longest, label = (batch, tokens), None, 0, f"B={batch} N={tokens}"
-    vector = Arg((head_dim,), offset=1.0) if norm else None
-    angles = None
-    if rope:  # of the size that sines and cosines have
-        angles = Arg((shape[-1] - prefix, head_dim // 2), torch.float32, scale=0.7)
-    label += f" H={heads} d={head_dim}"
-    label += f" {norm}-qk-norm" * bool(norm) + f" rope {rope}" * bool(rope)
-    label += " key mask" * mask + " stats" * need_stats
-    args = {
-        "qkv": Arg((*shape, 3, heads, head_dim)),
-        "q_weight": vector,
-        "q_bias": vector if norm == "ln" else None,
-        "k_weight": vector,
-        "k_bias": vector if norm == "ln" else None,
-        "sin": angles,
-        "cos": angles,
-        "key_mask": Arg(shape, torch.bool) if mask else None,
-        "cu_seqlens": cu_seqlens,
-    }
-    options = {
-        "eps": 1e-6,
-        "rms": norm == "rms",
-        "interleaved": rope == "interleaved",
-        "scale": head_dim**-0.5,
-        "max_seqlen": longest,
-        # Those of rotated float16 are one rounding of q and k: luck, on so few values.
-        "need_stats": need_stats and not rope,
-    }
-    return Sample(label, args, options, dtypes=(torch.bfloat16, torch.float16) if low else None)
-
-
 def to_public(arguments: dict[str, Any]) -> dict[str, Any]:
     """The op's arguments as those of `attention`."""
     norms = [arguments[name] for name in ("q_weight", "q_bias", "k_weight", "k_bias", "eps", "rms")]
@@ -212,37 +137,6 @@ def to_public(arguments: dict[str, Any]) -> dict[str, Any]:
         "rope": None if sin is None else Rope(sin, cos, interleaved),
         "max_seqlen": arguments["max_seqlen"] or None,
     }
-
-
-def pairs(qkv: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Pairs of a query and a key; sequences of varying length count as equally long."""
-    if cu_seqlens is None:
-        return qkv.shape[0] * qkv.shape[1] ** 2
-    return qkv.shape[0] ** 2 // max(1, cu_seqlens.numel() - 1)
-
-
-def flops(qkv: Tensor, cu_seqlens: Tensor | None, **_: Any) -> int:
-    """Two products of N x N x d a head."""
-    return 4 * pairs(qkv, cu_seqlens) * qkv.shape[-2] * qkv.shape[-1]
-
-
-def bytes_moved(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    sin: Tensor | None,
-    cos: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    need_stats: bool,
-    **_: Any,
-) -> int:
-    """qkv and the small arguments in, a third of its size out, and perhaps two float32 a row."""
-    small = total_bytes(q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
-    rows = 8 * qkv.numel() // (3 * qkv.shape[-1]) if need_stats else 0
-    return total_bytes(qkv) * 4 // 3 + small + rows
 
 
 def by_flash(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -342,14 +236,15 @@ def backward_samples(size: str) -> Iterable[Sample]:
         qkv = args.pop("qkv")
         assert qkv is not None
         *tokens, _, heads, head_dim = qkv.shape
-        options.pop("need_stats")
-        tiny_stats = sample.label.endswith("stats")
+        # Of the tiny ones with RMSNorm, too. Their own statistics are left out of the forward
+        # samples: the rounding of one rotated float16 pair, which is luck on so few values.
+        saving = options.pop("need_stats") or options["rms"]
         yield Sample(
-            sample.label,
+            sample.label + " two launches" * saving,
             {"dout": Arg((*tokens, heads * head_dim)), "qkv": qkv, "out": None, "stats": None}
             | args,
             options,
-            derive=saved_by_forward if tiny_stats else saved_if_needed if size == "vit" else None,
+            derive=saved_by_forward if saving else saved_if_needed if size == "vit" else None,
             dtypes=sample.dtypes,
         )
 
@@ -365,33 +260,6 @@ def saved_if_needed(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same, where backward would take two launches."""
     options = Options(**{name: arguments[name] for name in Options._fields})
     return saved_by_forward(arguments) if needs_stats(arguments["qkv"], options) else {}
-
-
-def backward_flops(qkv: Tensor, cu_seqlens: Tensor | None, **_: Any) -> int:
-    """Five products of N x N x d a head."""
-    return 10 * pairs(qkv, cu_seqlens) * qkv.shape[-2] * qkv.shape[-1]
-
-
-def backward_bytes_moved(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor | None,
-    stats: Tensor | None,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    sin: Tensor | None,
-    cos: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    **_: Any,
-) -> int:
-    """Gradient, qkv and what was saved in; the gradient of qkv and of the norms out."""
-    norms = total_bytes(q_weight, q_bias, k_weight, k_bias)
-    params = 0 if q_weight is None else 4 * total_bytes(q_weight)
-    saved = total_bytes(out, stats, sin, cos, key_mask, cu_seqlens)
-    return total_bytes(dout, qkv, qkv) + saved + norms + params
 
 
 ATTENTION_BACKWARD = define(
@@ -595,18 +463,16 @@ def kernel_unfit(
     """Why our kernel can't take a call of these options; None where it can."""
     if dropout_p:
         return "it has no dropout"
-    if head_dim > MAX_HEAD_DIM:
-        return f"no kernel for heads of {head_dim}, above {MAX_HEAD_DIM}"
     if wants_grad(sin, cos):
         return "it has no gradient for the angles of rope"
-    return None
+    return width_problem(head_dim)
 
 
 def predicted_slower(qkv: Tensor, options: Options) -> str | None:
     """Why auto leaves our kernel alone, though it could run. Not measured yet."""
     case = make_case(qkv, options)
-    if case.dtype == torch.float32 and (case.width > 64 or not case.plain):
-        return "float32, wide heads or options: our kernels may spill registers"
+    if may_spill(case):
+        return MAY_SPILL
     if case.plain and qkv.shape[1] > LONG:
         return (
             f"more than {LONG:,} tokens: PyTorch's kernels are predicted to do the products faster"

@@ -5,12 +5,15 @@
 
 from .._triton import jit, tl
 from .tiles import (
+    extent,
     head_gradient,
+    head_offset,
     load_head,
+    load_stats,
     load_tile,
+    locate,
     power,
     product,
-    sequence,
     store_sums,
     store_tile,
     zero_tile,
@@ -75,25 +78,21 @@ def backward_kernel(
     nothing comes from a pass before, and a block's dq is complete, too. Logits stand transposed,
     [keys, queries]: the two products that add to dk and dv then take p and ds from registers.
     """
-    pid = tl.program_id(0)
-    b = pid // H
-    h = pid % H
-    q_first, q_length, q_row = sequence(cu_seqlens, b, Nq, q_b, q_n)
-    k_first, k_length, _ = sequence(cu_seqlens, b, Nk, k_b, k_n)
-    dout_first, _, _ = sequence(cu_seqlens, b, Nq, dout_b, dout_n)
-    dq_first, _, _ = sequence(cu_seqlens, b, Nq, dq_b, dq_n)
-    dk_first, _, _ = sequence(cu_seqlens, b, Nk, dk_b, dk_n)
+    _, b, h = locate(1, H)
+    q_length, q_row = extent(cu_seqlens, b, Nq)
+    k_length, k_row = extent(cu_seqlens, b, Nk)
     if cu_seqlens is not None:
         sin = None if sin is None else sin + q_row * (HEAD_DIM // 2)
         cos = None if cos is None else cos + q_row * (HEAD_DIM // 2)
-    h64 = h.to(tl.int64)
-    q += q_first + tl.multiple_of(h64 * q_h, HEAD_ALIGN)
-    k += k_first + tl.multiple_of(h64 * k_h, HEAD_ALIGN)
-    v += k_first + tl.multiple_of(h64 * k_h, HEAD_ALIGN)
-    dout += dout_first + tl.multiple_of(h64 * dout_h, HEAD_ALIGN)
-    dq += dq_first + tl.multiple_of(h64 * dq_h, HEAD_ALIGN)
-    dk += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
-    dv += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
+    q += head_offset(cu_seqlens, b, h, q_row, q_b, q_n, q_h, HEAD_ALIGN)
+    k_start = head_offset(cu_seqlens, b, h, k_row, k_b, k_n, k_h, HEAD_ALIGN)
+    k += k_start
+    v += k_start
+    dout += head_offset(cu_seqlens, b, h, q_row, dout_b, dout_n, dout_h, HEAD_ALIGN)
+    dq += head_offset(cu_seqlens, b, h, q_row, dq_b, dq_n, dq_h, HEAD_ALIGN)
+    dk_start = head_offset(cu_seqlens, b, h, k_row, dk_b, dk_n, dk_h, HEAD_ALIGN)
+    dk += dk_start
+    dv += dk_start
 
     keys = tl.arange(0, BLOCK_N)
     k1, k2 = load_head(
@@ -169,7 +168,7 @@ def backward_kernel(
     )  # fmt: skip
     store_tile(dk, keys, dk_n, k_length, dk1, dk2, HEAD_DIM, FIRST, SECOND, ROPE)
     if partial is not None:
-        partial += pid.to(tl.int64) * 4 * HEAD_DIM
+        partial += tl.program_id(0).to(tl.int64) * 4 * HEAD_DIM
         store_sums(partial, sum_w1, sum_w2, sum_b1, sum_b2, HEAD_DIM, FIRST, SECOND, ROPE)
         store_sums(
             partial + 2 * HEAD_DIM, tl.sum(w1, axis=0), tl.sum(w2, axis=0), tl.sum(b1, axis=0),
@@ -288,29 +287,25 @@ def backward_query_kernel(
     NATURAL: tl.constexpr,
 ):
     """dq of one block of queries, over all keys; and delta on the way, as out is read here."""
-    pid = tl.program_id(0)
-    block = pid % blocks
-    b = pid // blocks // H
-    h = pid // blocks % H
-    q_first, q_length, q_row = sequence(cu_seqlens, b, Nq, q_b, q_n)
-    k_first, k_length, _ = sequence(cu_seqlens, b, Nk, k_b, k_n)
-    dout_first, _, _ = sequence(cu_seqlens, b, Nq, dout_b, dout_n)
-    dq_first, _, _ = sequence(cu_seqlens, b, Nq, dq_b, dq_n)
+    block, b, h = locate(blocks, H)
+    q_length, q_row = extent(cu_seqlens, b, Nq)
+    k_length, k_row = extent(cu_seqlens, b, Nk)
     if cu_seqlens is not None:
         sin = None if sin is None else sin + q_row * (HEAD_DIM // 2)
         cos = None if cos is None else cos + q_row * (HEAD_DIM // 2)
         if block * BLOCK_M >= q_length:
             return
-    h64 = h.to(tl.int64)
-    q += q_first + tl.multiple_of(h64 * q_h, HEAD_ALIGN)
-    k += k_first + tl.multiple_of(h64 * k_h, HEAD_ALIGN)
-    v += k_first + tl.multiple_of(h64 * k_h, HEAD_ALIGN)
-    dout += dout_first + tl.multiple_of(h64 * dout_h, HEAD_ALIGN)
-    dq += dq_first + tl.multiple_of(h64 * dq_h, HEAD_ALIGN)
+    q += head_offset(cu_seqlens, b, h, q_row, q_b, q_n, q_h, HEAD_ALIGN)
+    k_start = head_offset(cu_seqlens, b, h, k_row, k_b, k_n, k_h, HEAD_ALIGN)
+    k += k_start
+    v += k_start
+    dout += head_offset(cu_seqlens, b, h, q_row, dout_b, dout_n, dout_h, HEAD_ALIGN)
+    dq += head_offset(cu_seqlens, b, h, q_row, dq_b, dq_n, dq_h, HEAD_ALIGN)
     out += q_row * H * HEAD_DIM + tl.multiple_of(h * HEAD_DIM, HEAD_ALIGN)
-    stats += h64 * total + q_row
-    sums = stats + tl.cast(H, tl.int64) * total
-    delta += h64 * total + q_row
+    query = h.to(tl.int64) * total + q_row
+    sums = stats + tl.cast(H, tl.int64) * total + query
+    stats += query
+    delta += query
     if key_mask is not None:
         key_mask += b.to(tl.int64) * Nk
 
@@ -325,10 +320,7 @@ def backward_query_kernel(
     if V_SECOND:
         row_delta += tl.sum(do2.to(tl.float32) * o2.to(tl.float32), axis=1)
     tl.store(delta + rows, row_delta, mask=rows < q_length)
-    row_max = tl.load(stats + rows, mask=rows < q_length, other=0.0)
-    if NATURAL:
-        row_max = row_max * 0.6931471805599453
-    row_sum = tl.load(sums + rows, mask=rows < q_length, other=1.0)
+    row_max, row_sum = load_stats(stats, sums, rows, q_length, NATURAL)
 
     dq1, dq2 = zero_tile(BLOCK_M, FIRST, SECOND)
     whole = k_length // BLOCK_N * BLOCK_N
@@ -353,9 +345,10 @@ def backward_query_kernel(
     )  # fmt: skip
     store_tile(dq, rows, dq_n, q_length, dq1, dq2, HEAD_DIM, FIRST, SECOND, ROPE)
     if partial is not None:
+        partial += tl.program_id(0).to(tl.int64) * 2 * HEAD_DIM
         store_sums(
-            partial + pid.to(tl.int64) * 2 * HEAD_DIM, tl.sum(w1, axis=0), tl.sum(w2, axis=0),
-            tl.sum(b1, axis=0), tl.sum(b2, axis=0), HEAD_DIM, FIRST, SECOND, ROPE,
+            partial, tl.sum(w1, axis=0), tl.sum(w2, axis=0), tl.sum(b1, axis=0),
+            tl.sum(b2, axis=0), HEAD_DIM, FIRST, SECOND, ROPE,
         )  # fmt: skip
 
 
@@ -415,29 +408,26 @@ def backward_key_kernel(
 
     Queries beyond the last have q = dout = delta = 0, and a largest logit of 0: p = 1 meets zeros.
     """
-    pid = tl.program_id(0)
-    block = pid % blocks
-    b = pid // blocks // H
-    h = pid // blocks % H
-    q_first, q_length, q_row = sequence(cu_seqlens, b, Nq, q_b, q_n)
-    k_first, k_length, _ = sequence(cu_seqlens, b, Nk, k_b, k_n)
-    dout_first, _, _ = sequence(cu_seqlens, b, Nq, dout_b, dout_n)
-    dk_first, _, _ = sequence(cu_seqlens, b, Nk, dk_b, dk_n)
+    block, b, h = locate(blocks, H)
+    q_length, q_row = extent(cu_seqlens, b, Nq)
+    k_length, k_row = extent(cu_seqlens, b, Nk)
     if cu_seqlens is not None:
         sin = None if sin is None else sin + q_row * (HEAD_DIM // 2)
         cos = None if cos is None else cos + q_row * (HEAD_DIM // 2)
         if block * BLOCK_N >= k_length:
             return
-    h64 = h.to(tl.int64)
-    q += q_first + tl.multiple_of(h64 * q_h, HEAD_ALIGN)
-    k += k_first + tl.multiple_of(h64 * k_h, HEAD_ALIGN)
-    v += k_first + tl.multiple_of(h64 * k_h, HEAD_ALIGN)
-    dout += dout_first + tl.multiple_of(h64 * dout_h, HEAD_ALIGN)
-    dk += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
-    dv += dk_first + tl.multiple_of(h64 * dk_h, HEAD_ALIGN)
-    stats += h64 * total + q_row
-    sums = stats + tl.cast(H, tl.int64) * total
-    delta += h64 * total + q_row
+    q += head_offset(cu_seqlens, b, h, q_row, q_b, q_n, q_h, HEAD_ALIGN)
+    k_start = head_offset(cu_seqlens, b, h, k_row, k_b, k_n, k_h, HEAD_ALIGN)
+    k += k_start
+    v += k_start
+    dout += head_offset(cu_seqlens, b, h, q_row, dout_b, dout_n, dout_h, HEAD_ALIGN)
+    dk_start = head_offset(cu_seqlens, b, h, k_row, dk_b, dk_n, dk_h, HEAD_ALIGN)
+    dk += dk_start
+    dv += dk_start
+    query = h.to(tl.int64) * total + q_row
+    sums = stats + tl.cast(H, tl.int64) * total + query
+    stats += query
+    delta += query
 
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k1, k2 = load_head(
@@ -458,10 +448,7 @@ def backward_key_kernel(
             q, rows, q_n, q_length, q_weight, q_bias, sin, cos, skipped, eps,
             HEAD_DIM, FIRST, SECOND, ROPE, RMS, True,
         )  # fmt: skip
-        row_max = tl.load(stats + rows, mask=rows < q_length, other=0.0)
-        if NATURAL:
-            row_max = row_max * 0.6931471805599453
-        row_sum = tl.load(sums + rows, mask=rows < q_length, other=1.0)
+        row_max, row_sum = load_stats(stats, sums, rows, q_length, NATURAL)
         s = product(k1, q1, k2, q2, SECOND, PRECISION) * scale
         p = power(s - row_max[None, :], NATURAL)
         p = p * (1.0 / row_sum)[None, :]
@@ -488,7 +475,8 @@ def backward_key_kernel(
     )  # fmt: skip
     store_tile(dk, keys, dk_n, k_length, dk1, dk2, HEAD_DIM, FIRST, SECOND, ROPE)
     if partial is not None:
+        partial += tl.program_id(0).to(tl.int64) * 2 * HEAD_DIM
         store_sums(
-            partial + pid.to(tl.int64) * 2 * HEAD_DIM, tl.sum(w1, axis=0), tl.sum(w2, axis=0),
-            tl.sum(b1, axis=0), tl.sum(b2, axis=0), HEAD_DIM, FIRST, SECOND, ROPE,
+            partial, tl.sum(w1, axis=0), tl.sum(w2, axis=0), tl.sum(b1, axis=0),
+            tl.sum(b2, axis=0), HEAD_DIM, FIRST, SECOND, ROPE,
         )  # fmt: skip

@@ -4,7 +4,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from .._triton import jit, tl
-from .tiles import load_head, load_tile, power, product, sequence, store_tile, zero_tile
+from .tiles import (
+    extent,
+    head_offset,
+    load_head,
+    load_tile,
+    locate,
+    power,
+    product,
+    store_tile,
+    zero_tile,
+)
 
 
 @jit
@@ -108,22 +118,18 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     NATURAL: tl.constexpr,
 ):
-    # Blocks of one head, then heads of one image, run side by side: their keys are in the cache.
-    pid = tl.program_id(0)
-    block = pid % blocks
-    b = pid // blocks // H
-    h = pid // blocks % H
-    q_first, q_length, q_row = sequence(cu_seqlens, b, Nq, q_b, q_n)
-    k_first, k_length, _ = sequence(cu_seqlens, b, Nk, k_b, k_n)
+    block, b, h = locate(blocks, H)
+    q_length, q_row = extent(cu_seqlens, b, Nq)
+    k_length, k_row = extent(cu_seqlens, b, Nk)
     if cu_seqlens is not None:
         sin = None if sin is None else sin + q_row * (HEAD_DIM // 2)
         cos = None if cos is None else cos + q_row * (HEAD_DIM // 2)
         if block * BLOCK_M >= q_length:
             return
-    q += q_first + tl.multiple_of(h.to(tl.int64) * q_h, HEAD_ALIGN)
-    k_head = tl.multiple_of(h.to(tl.int64) * k_h, HEAD_ALIGN)
-    k += k_first + k_head
-    v += k_first + k_head
+    q += head_offset(cu_seqlens, b, h, q_row, q_b, q_n, q_h, HEAD_ALIGN)
+    k_start = head_offset(cu_seqlens, b, h, k_row, k_b, k_n, k_h, HEAD_ALIGN)
+    k += k_start
+    v += k_start
     if key_mask is not None:
         key_mask += b.to(tl.int64) * Nk
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)

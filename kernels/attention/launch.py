@@ -63,6 +63,21 @@ class Case:
     plain: bool  # no norm, rotation, mask or varying length, all of which take registers, too
 
 
+MAY_SPILL = "float32, and wide heads or options: our kernels may spill registers"
+
+
+def may_spill(case: Case) -> bool:
+    """Whether some kernel needs more registers than there are, whatever its blocks."""
+    return case.dtype == torch.float32 and (case.width > 64 or not case.plain)
+
+
+def width_problem(head_dim: int) -> str | None:
+    """Why the kernels can't take heads of this size; None where they can."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"no kernel for heads of {head_dim}, above {MAX_HEAD_DIM}"
+    return None
+
+
 def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockConfig:
     """Blocks of the forward kernel for this many queries and heads (`programs`)."""
     if case.dtype == torch.float32:  # small, here and below: operands of FMAs wait in registers

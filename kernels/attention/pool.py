@@ -29,7 +29,16 @@ from .._op import (
     total_bytes,
     wants_grad,
 )
-from .launch import MAX_HEAD_DIM, backward, forward, make_case, rows_dense, single_pass
+from .launch import (
+    MAY_SPILL,
+    backward,
+    forward,
+    make_case,
+    may_spill,
+    rows_dense,
+    single_pass,
+    width_problem,
+)
 from .reference import Options, packed, probabilities, saved, sdpa
 
 
@@ -171,13 +180,13 @@ def backward_samples(size: str) -> Iterable[Sample]:
         assert q is not None
         assert kv is not None
         batch, queries, heads, head_dim = q.shape
-        tiny_stats = sample.options["need_stats"]
+        saving = sample.options["need_stats"]
         yield Sample(
             sample.label,
             {"dout": Arg((batch, queries, heads * head_dim)), "q": q, "kv": kv}
             | {"out": None, "stats": None},
             {"scale": sample.options["scale"]},
-            derive=saved_by_forward if tiny_stats else saved_if_needed if size == "vit" else None,
+            derive=saved_by_forward if saving else saved_if_needed if size == "vit" else None,
             dtypes=sample.dtypes,
         )
 
@@ -269,14 +278,10 @@ def attention_pool(
         raise ValueError("attention_pool: kv must hold at least one token")
     head_dim = kv.shape[4]
     scale = head_dim**-0.5 if scale is None else scale
-    unfit = None
-    if head_dim > MAX_HEAD_DIM:
-        unfit = f"no kernel for heads of {head_dim}, above {MAX_HEAD_DIM}"
-    elif q.dtype != kv.dtype:
+    unfit = width_problem(head_dim)
+    if q.dtype != kv.dtype:
         unfit = "q and kv differ in dtype"
-    avoid = None
-    if kv.dtype == torch.float32 and head_dim > 64:
-        avoid = "float32 heads wider than 64: our kernels would spill registers"
+    avoid = MAY_SPILL if kv.is_cuda and may_spill(make_case(kv, Options())) else None
     chosen = choose(ATTENTION_POOL, impl, q, kv, unfit={"triton": unfit}, avoid=avoid)
     if chosen == "triton":
         if wants_grad(q, kv):

@@ -307,11 +307,41 @@ def power(x, NATURAL: tl.constexpr):
 
 
 @jit
-def sequence(cu_seqlens, b, length, stride_b, stride_n):
-    """(offset of image b's first token, its length, its row among all tokens)."""
+def locate(blocks, H):
+    """(block, image, head) of this program.
+
+    Blocks of one head, then heads of one image, run side by side: what they share is in the cache.
+    """
+    pid = tl.program_id(0)
+    return pid % blocks, pid // blocks // H, pid // blocks % H
+
+
+@jit
+def extent(cu_seqlens, b, length):
+    """(tokens of image b, its first row among all tokens)."""
     if cu_seqlens is None:
-        return b.to(tl.int64) * stride_b, length, b.to(tl.int64) * length
+        return length, b.to(tl.int64) * length
     else:
         first = tl.load(cu_seqlens + b).to(tl.int64)
         last = tl.load(cu_seqlens + b + 1).to(tl.int64)
-        return first * stride_n, (last - first).to(tl.int32), first
+        return (last - first).to(tl.int32), first
+
+
+@jit
+def head_offset(cu_seqlens, b, h, row, stride_b, stride_n, stride_h, HEAD_ALIGN: tl.constexpr):
+    """Elements before head h of image b, whose first row is `row`."""
+    head = tl.multiple_of(h.to(tl.int64) * stride_h, HEAD_ALIGN)
+    if cu_seqlens is None:
+        return b.to(tl.int64) * stride_b + head
+    else:
+        return row * stride_n + head
+
+
+@jit
+def load_stats(largest, sums, rows, length, NATURAL: tl.constexpr):
+    """Each query's largest logit, as `power` takes it, and its sum of exponentials."""
+    valid = rows < length
+    m = tl.load(largest + rows, mask=valid, other=0.0)
+    if NATURAL:
+        m = m * 0.6931471805599453
+    return m, tl.load(sums + rows, mask=valid, other=1.0)
