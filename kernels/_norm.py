@@ -31,26 +31,35 @@ def normalise(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
 
 
 def reference_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, rms: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, rows whose sum is dweight), both in the accumulation dtype; the sum of dy is dbias."""
     acc = accumulate_dtype(dy, x, weight)
     x_hat, rstd = normalise(x.to(acc), eps, rms)
-    g = dy.to(acc) * weight.to(acc)
+    g = dy.to(acc) if weight is None else dy.to(acc) * weight.to(acc)
     dx = g - x_hat * (g * x_hat).mean(-1, keepdim=True)
     if not rms:
         dx = dx - g.mean(-1, keepdim=True)
     return dx * rstd, dy.to(acc) * x_hat
 
 
-def aten_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x_hat * weight + bias in the dtype of `x_hat`; what is None is left out."""
+    y = x_hat if weight is None else x_hat * weight.to(x_hat.dtype)
+    return y if bias is None else y + bias.to(x_hat.dtype)
+
+
+def aten_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> Tensor:
     """ATen's fused norms. They take one dtype, so mixed arguments are computed in float32."""
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         acc = accumulate_dtype(x, weight, bias)
-        x, weight, bias = x.to(acc), weight.to(acc), None if bias is None else bias.to(acc)
+        weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
+        x = x.to(acc)
     if not rms:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    y = F.rms_norm(x, weight.shape, weight, eps)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.rms_norm(x, x.shape[-1:], weight, eps)
     return y if bias is None else y + bias
 
 
@@ -72,7 +81,7 @@ def _norm_forward_kernel(
     branch,  # [B, N, D] by strides, or None
     layer_scale,  # [D] or None
     drop_scale,  # [B] or None
-    weight,  # [D]
+    weight,  # [D] or None
     bias,  # [D] or None
     stream,  # [B, N, D] contiguous: residual + branch; None without branch
     normed,  # [B, N, D] contiguous
@@ -113,7 +122,8 @@ def _norm_forward_kernel(
 
     centred, rstd = _statistics(value, mask, D, eps, RMS)
     y = centred * rstd[:, None]
-    y *= tl.load(weight + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if weight is not None:
+        y *= tl.load(weight + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         y += tl.load(bias + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(normed + out, y.to(normed.dtype.element_ty), mask=mask)
@@ -127,7 +137,7 @@ def _norm_backward_kernel(
     branch,  # [B, N, D] by strides, or None; read for the LayerScale gradient only
     layer_scale,  # [D] or None
     drop_scale,  # [B] or None
-    weight,  # [D]
+    weight,  # [D] or None
     d_residual,  # [B, N, D] contiguous
     d_branch,  # [B, N, D] contiguous, or None where it equals d_residual
     partial,  # [programs, SUMS, D] float32: weight, bias and LayerScale gradients; None if unwanted
@@ -156,7 +166,8 @@ def _norm_backward_kernel(
     cols = tl.arange(0, BLOCK_D)
     col_mask = cols < D
     cols64 = cols.to(tl.int64)[None, :]
-    gamma = tl.load(weight + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if weight is not None:
+        gamma = tl.load(weight + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     # Kept two-dimensional and summed once at the end: no exchange between warps inside the loop.
     sum_weight = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     sum_bias = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
@@ -176,7 +187,9 @@ def _norm_backward_kernel(
 
         centred, rstd = _statistics(value, mask, D, eps, RMS)
         x_hat = centred * rstd[:, None]
-        scaled = dy * gamma
+        scaled = dy
+        if weight is not None:
+            scaled = dy * gamma
         along = tl.sum(scaled * x_hat, axis=1) / D
         dx = scaled - x_hat * along[:, None]
         if not RMS:
@@ -243,7 +256,7 @@ def forward(
     branch: Tensor | None,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -252,7 +265,7 @@ def forward(
     """Launch the forward kernel: (new stream or None, normalised tokens), both contiguous."""
     x = as_rows(residual)
     added = None if branch is None else as_rows(branch)
-    layer_scale, drop_scale, bias = map(dense, (layer_scale, drop_scale, bias))
+    layer_scale, drop_scale, weight, bias = map(dense, (layer_scale, drop_scale, weight, bias))
     batch, tokens, width = x.shape
     normed = torch.empty(residual.shape, dtype=out_dtype, device=residual.device)
     stream = None if branch is None else torch.empty_like(normed, dtype=residual.dtype)
@@ -264,7 +277,7 @@ def forward(
         added,
         layer_scale,
         drop_scale,
-        weight.contiguous(),
+        weight,
         bias,
         stream,
         normed,
@@ -290,7 +303,7 @@ def backward(
     branch_dtype: torch.dtype | None,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     rms: bool,
     sums: int,
@@ -303,7 +316,7 @@ def backward(
     dy, x = as_rows(d_normed), as_rows(stream)
     later = None if d_stream is None else as_rows(d_stream)
     added = None if branch is None else as_rows(branch)
-    layer_scale, drop_scale = map(dense, (layer_scale, drop_scale))
+    layer_scale, drop_scale, weight = map(dense, (layer_scale, drop_scale, weight))
     batch, tokens, width = x.shape
     d_residual = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     d_branch = None if branch_dtype is None else torch.empty_like(d_residual, dtype=branch_dtype)
@@ -322,7 +335,7 @@ def backward(
         added,
         layer_scale,
         drop_scale,
-        weight.contiguous(),
+        weight,
         d_residual,
         d_branch,
         partial if sums else None,
@@ -341,7 +354,18 @@ def backward(
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
     )
-    return d_residual, d_branch, column_sum(partial, weight.dtype)
+    return d_residual, d_branch, column_sum(partial, params_dtype(stream, weight, layer_scale))
+
+
+def params_dtype(stream: Tensor, weight: Tensor | None, layer_scale: Tensor | None) -> torch.dtype:
+    """Of the parameter gradients: the weight's; without one, that of the only other parameter."""
+    return next(t.dtype for t in (weight, layer_scale, stream) if t is not None)
+
+
+def check_affine(op: str, weight: Tensor | None, bias: Tensor | None) -> None:
+    """A shift comes with a scale: no norm of PyTorch's has it alone."""
+    if weight is None and bias is not None:
+        raise ValueError(f"{op}: bias must be None where weight is None")
 
 
 def as_rows(t: Tensor) -> Tensor:

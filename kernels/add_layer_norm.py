@@ -46,7 +46,7 @@ def reference(
     branch: Tensor,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -56,9 +56,7 @@ def reference(
     acc = accumulate_dtype(residual, branch, layer_scale, drop_scale, weight, bias)
     stream = add_branch(residual.to(acc), branch.to(acc), layer_scale, drop_scale)
     stream = stream.to(residual.dtype).contiguous()
-    normed = _norm.normalise(stream.to(acc), eps, rms)[0] * weight.to(acc)
-    if bias is not None:
-        normed = normed + bias.to(acc)
+    normed = _norm.affine(_norm.normalise(stream.to(acc), eps, rms)[0], weight, bias)
     return stream, normed.to(out_dtype).contiguous()
 
 
@@ -67,7 +65,7 @@ def portable(
     branch: Tensor,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -84,7 +82,7 @@ def launch(
     branch: Tensor,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -103,7 +101,7 @@ def fake(
     branch: Tensor,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -122,12 +120,14 @@ def samples(size: str) -> Iterable[Sample]:
         shapes = [(128, 197, 384), (128, 197, 768), (128, 197, 1024), (128, 257, 1280)]
     for number, shape in enumerate(shapes):
         batch, _, width = shape
-        for scaled, dropped, rms, stream in (
-            (False, False, False, None),
-            (True, True, False, torch.float32),
-            (True, False, True, None),
+        for scaled, dropped, rms, affine, stream in (
+            (False, False, False, True, None),
+            (True, True, False, True, torch.float32),
+            (True, False, True, True, None),
+            (False, False, False, False, None),
+            (True, False, True, False, None),
         ):
-            if size == "vit" and rms:
+            if size == "vit" and (rms or not (affine or number == 1)):
                 continue
             if size == "tiny" and number > 1 and not dropped:
                 continue
@@ -136,12 +136,13 @@ def samples(size: str) -> Iterable[Sample]:
                 "branch": Arg(shape),
                 "layer_scale": Arg((width,), offset=1.0, scale=0.1) if scaled else None,
                 "drop_scale": Arg((batch,), offset=1.0) if dropped else None,
-                "weight": Arg((width,), offset=1.0),
-                "bias": None if rms else Arg((width,)),
+                "weight": Arg((width,), offset=1.0) if affine else None,
+                "bias": Arg((width,)) if affine and not rms else None,
             }
             label = "x".join(map(str, shape))
             label = f"{'rms' if rms else 'ln'} {label}{' scale' * scaled}{' drop' * dropped}"
             label += "" if stream is None else " fp32 stream"
+            label += " no affine" * (not affine)
             yield Sample(label, args, {"eps": 1e-6, "rms": rms, "out_dtype": same})
 
 
@@ -155,7 +156,7 @@ def bytes_moved(
     branch: Tensor,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
     **_: Any,
@@ -185,7 +186,7 @@ def backward_reference(
     branch_dtype: torch.dtype | None,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     rms: bool,
     need_params: bool,
@@ -209,7 +210,11 @@ def backward_reference(
             params[2] = (dropped * branch.to(acc)).reshape(-1, width).sum(0)
     # A copy: an op's results may not share memory.
     own = stream.new_empty(0) if branch_dtype is None else d_branch.to(branch_dtype).clone()
-    return dx.to(stream.dtype).contiguous(), own.contiguous(), params.to(weight.dtype)
+    return (
+        dx.to(stream.dtype).contiguous(),
+        own.contiguous(),
+        params.to(_norm.params_dtype(stream, weight, layer_scale)),
+    )
 
 
 def backward_launch(
@@ -220,7 +225,7 @@ def backward_launch(
     branch_dtype: torch.dtype | None,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     rms: bool,
     need_params: bool,
@@ -250,7 +255,7 @@ def backward_fake(
     branch_dtype: torch.dtype | None,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     rms: bool,
     need_params: bool,
@@ -262,7 +267,11 @@ def backward_fake(
         stream.new_empty(0)
         if branch_dtype is None
         else stream.new_empty(shape, dtype=branch_dtype),
-        weight.new_empty(3 if need_params else 0, shape[-1]),
+        stream.new_empty(
+            3 if need_params else 0,
+            shape[-1],
+            dtype=_norm.params_dtype(stream, weight, layer_scale),
+        ),
     )
 
 
@@ -286,7 +295,7 @@ def backward_samples(size: str) -> Iterable[Sample]:
                 "branch_dtype": same if of_its_own else None,
                 "eps": 1e-6,
                 "rms": sample.options["rms"],
-                "need_params": True,
+                "need_params": args["weight"] is not None or scale is not None,
             },
         )
 
@@ -304,13 +313,14 @@ def backward_bytes_moved(
     branch_dtype: torch.dtype | None,
     layer_scale: Tensor | None,
     drop_scale: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     need_params: bool,
     **_: Any,
 ) -> int:
     """Both gradients, the stream and perhaps the branch in; one or two gradients out."""
     out = 0 if branch_dtype is None else stream.numel() * branch_dtype.itemsize
-    params = 3 * total_bytes(weight) if need_params else 0
+    width = stream.shape[-1]
+    params = 3 * width * _norm.params_dtype(stream, weight, layer_scale).itemsize * need_params
     vectors = total_bytes(layer_scale, drop_scale, weight)
     return total_bytes(d_normed, d_stream, stream, branch, stream) + out + params + vectors
 
@@ -348,7 +358,7 @@ class _AddLayerNorm(torch.autograd.Function):
         stream, branch, layer_scale, drop_scale, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if d_normed is None:  # only the stream was used: the norm passes nothing back
-            d_normed = weight.new_zeros(()).expand(stream.shape)
+            d_normed = stream.new_zeros(()).expand(stream.shape)
         # Without a scale the branch's gradient is the residual's, written once.
         of_its_own = (
             layer_scale is not None or drop_scale is not None or ctx.branch_dtype != stream.dtype
@@ -382,7 +392,7 @@ class _AddLayerNorm(torch.autograd.Function):
 def add_layer_norm(
     residual: Tensor,
     branch: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
@@ -397,8 +407,8 @@ def add_layer_norm(
     Args:
         residual: the stream [B, N, D], any strides.
         branch: what attention or MLP returned [B, N, D], any strides; its dtype may differ.
-        weight: norm scale [D].
-        bias: norm shift [D], or None.
+        weight: norm scale [D]; None for a norm without affine part.
+        bias: norm shift [D], or None; only with a weight.
         eps: added to the variance.
         layer_scale: LayerScale gamma [D], or None.
         drop_scale: DropPath factor a sample [B] (0 or 1 / keep probability), or None; no gradient.
@@ -411,12 +421,14 @@ def add_layer_norm(
 
     Raises:
         TypeError: an argument that is not floating point.
-        ValueError: a shape other than above, tensors on several devices, an `impl` that can't run.
+        ValueError: a shape other than above, a bias without a weight, tensors on several devices,
+            an `impl` that can't run.
     """
     check_residual("add_layer_norm", residual, branch, layer_scale, drop_scale)
     check_floating("add_layer_norm", residual=residual, weight=weight, bias=bias)
     check_shape("add_layer_norm", "weight", weight, residual.shape[-1])
     check_shape("add_layer_norm", "bias", bias, residual.shape[-1])
+    _norm.check_affine("add_layer_norm", weight, bias)
     out_dtype = out_dtype or residual.dtype
     tensors = (residual, branch, layer_scale, drop_scale, weight, bias)
     chosen = choose(

@@ -4,7 +4,8 @@
     RMSNorm:    y = x / sqrt(mean(x^2) + eps) * weight  (+ bias)
 
 Forward:  x [..., D], weight [D], bias [D] -> y [..., D]; float32, float16 or bfloat16 in any mix,
-statistics in float32.
+statistics in float32. Without weight and bias, y is x_hat: a norm that was folded into the linear
+layer behind it.
 Backward: with x_hat the normalised row and g = dy * weight,
     dx = (g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var + eps)   (no mean(g) for RMSNorm)
     dweight = sum over rows of dy * x_hat,  dbias = sum over rows of dy, in two stages, no atomics.
@@ -41,7 +42,7 @@ from ._op import (
 
 def reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -49,15 +50,13 @@ def reference(
 ) -> Tensor:
     """The definition, accumulated in float32 (float64 for float64 arguments)."""
     acc = accumulate_dtype(x, weight, bias)
-    y = _norm.normalise(x.to(acc), eps, rms)[0] * weight.to(acc)
-    if bias is not None:
-        y = y + bias.to(acc)
+    y = _norm.affine(_norm.normalise(x.to(acc), eps, rms)[0], weight, bias)
     return y.to(out_dtype).contiguous()
 
 
 def portable(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -69,7 +68,7 @@ def portable(
 
 def launch(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -81,7 +80,7 @@ def launch(
 
 def fake(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     rms: bool,
@@ -107,19 +106,15 @@ def samples(size: str) -> Iterable[Sample]:
         shapes = tuple(
             (128, n, d) for n, d in ((197, 192), (197, 384), (197, 768), (197, 1024), (257, 1280))
         )
-    for rms in (False, True):
-        for shape in shapes:
-            args = {
-                "x": Arg(shape, offset=0.5),
-                "weight": Arg(shape[-1:], offset=1.0),
-                "bias": None if rms else Arg(shape[-1:]),
-            }
-            name = "rms" if rms else "ln"
-            yield Sample(
-                f"{name} {'x'.join(map(str, shape))}",
-                args,
-                {"eps": 1e-6, "rms": rms, "out_dtype": same},
-            )
+    kinds = [(shape, rms, True) for rms in (False, True) for shape in shapes]
+    for shape, rms, affine in (*kinds, (shapes[2], False, False), (shapes[2], True, False)):
+        args = {
+            "x": Arg(shape, offset=0.5),
+            "weight": Arg(shape[-1:], offset=1.0) if affine else None,
+            "bias": Arg(shape[-1:]) if affine and not rms else None,
+        }
+        label = f"{'rms' if rms else 'ln'} {'x'.join(map(str, shape))}{' no affine' * (not affine)}"
+        yield Sample(label, args, {"eps": 1e-6, "rms": rms, "out_dtype": same})
 
 
 def flops(x: Tensor, **_: Any) -> int:
@@ -128,7 +123,7 @@ def flops(x: Tensor, **_: Any) -> int:
 
 
 def bytes_moved(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, **_: Any
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype, **_: Any
 ) -> int:
     """x once in, y once out."""
     return total_bytes(x, weight, bias) + x.numel() * out_dtype.itemsize
@@ -147,7 +142,7 @@ LAYER_NORM = define(
 
 
 def backward_reference(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, rms: bool, need_params: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, rms: bool, need_params: bool
 ) -> tuple[Tensor, Tensor]:
     """(dx, [dweight; dbias] as [2, D], or [0, D] where unwanted)."""
     dx, scaled = _norm.reference_backward(dy, x, weight, eps, rms)
@@ -157,11 +152,11 @@ def backward_reference(
         params = torch.stack([scaled.reshape(rows.shape).sum(0), rows.sum(0)])
     else:
         params = scaled.new_empty(0, width)
-    return dx.to(x.dtype).contiguous(), params.to(weight.dtype)
+    return dx.to(x.dtype).contiguous(), params.to(_norm.params_dtype(x, weight, None))
 
 
 def backward_launch(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, rms: bool, need_params: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, rms: bool, need_params: bool
 ) -> tuple[Tensor, Tensor]:
     """The backward kernel, then the sum of its partial parameter gradients."""
     sums = 2 if need_params else 0
@@ -170,11 +165,12 @@ def backward_launch(
 
 
 def backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, rms: bool, need_params: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, rms: bool, need_params: bool
 ) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the outputs."""
     rows = 2 if need_params else 0
-    return x.new_empty(x.shape), weight.new_empty(rows, x.shape[-1])
+    dtype = _norm.params_dtype(x, weight, None)
+    return x.new_empty(x.shape), x.new_empty(rows, x.shape[-1], dtype=dtype)
 
 
 def backward_samples(size: str) -> Iterable[Sample]:
@@ -182,7 +178,7 @@ def backward_samples(size: str) -> Iterable[Sample]:
     for sample in samples(size):
         x, weight = sample.args["x"], sample.args["weight"]
         assert x is not None
-        options = {"eps": 1e-6, "rms": sample.options["rms"], "need_params": True}
+        options = {"eps": 1e-6, "rms": sample.options["rms"], "need_params": weight is not None}
         yield Sample(sample.label, {"dy": Arg(x.shape), "x": x, "weight": weight}, options)
 
 
@@ -191,7 +187,9 @@ def backward_flops(x: Tensor, **_: Any) -> int:
     return 14 * x.numel()
 
 
-def backward_bytes_moved(dy: Tensor, x: Tensor, weight: Tensor, need_params: bool, **_: Any) -> int:
+def backward_bytes_moved(
+    dy: Tensor, x: Tensor, weight: Tensor | None, need_params: bool, **_: Any
+) -> int:
     """dy and x in, dx out."""
     return total_bytes(dy, x, x, weight) + (2 * total_bytes(weight) if need_params else 0)
 
@@ -231,7 +229,7 @@ class _LayerNorm(torch.autograd.Function):
 
 def layer_norm(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
     *,
@@ -243,8 +241,8 @@ def layer_norm(
 
     Args:
         x: tokens [..., D], any strides, float32, float16 or bfloat16 (float64 runs portably).
-        weight: scale [D].
-        bias: shift [D], or None.
+        weight: scale [D]; None for a norm without affine part.
+        bias: shift [D], or None; only with a weight.
         eps: added to the variance; timm's ViTs use 1e-6.
         rms: divide by the root mean square without subtracting the mean.
         out_dtype: dtype of the result; the dtype of `x` if None. Autocast changes nothing here:
@@ -256,13 +254,15 @@ def layer_norm(
 
     Raises:
         TypeError: an argument that is not floating point.
-        ValueError: a shape other than above, tensors on several devices, an `impl` that can't run.
+        ValueError: a shape other than above, a bias without a weight, tensors on several devices,
+            an `impl` that can't run.
     """
     check_floating("layer_norm", x=x, weight=weight, bias=bias)
     if x.dim() == 0:
         raise ValueError("layer_norm: x must be [..., D], got a scalar")
     check_shape("layer_norm", "weight", weight, x.shape[-1])
     check_shape("layer_norm", "bias", bias, x.shape[-1])
+    _norm.check_affine("layer_norm", weight, bias)
     out_dtype = out_dtype or x.dtype
     chosen = choose(
         LAYER_NORM,
