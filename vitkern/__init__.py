@@ -4,6 +4,7 @@ from vitkern._version import __version__
 from vitkern.config import PRESETS, ViTConfig
 from vitkern.eager import EagerViT
 from vitkern.explain import Explanation, explain
+from vitkern.fold import fold
 from vitkern.maps import attention_rollout, plot_attention, token_map
 from vitkern.model import ViT, create_model
 
@@ -17,6 +18,7 @@ __all__ = [
     "attention_rollout",
     "create_model",
     "explain",
+    "fold",
     "plot_attention",
     "token_map",
 ]

@@ -33,8 +33,9 @@ class _Norm:
     recast: the residual stream has a dtype of its own (`residual_dtype`), and it ends here.
     """
 
-    weight: nn.Parameter
+    weight: Any
     bias: Any
+    like: Any
     eps: Any
     rms = False
     feeds_product = False
@@ -44,7 +45,16 @@ class _Norm:
     def out_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype to return for `x`."""
         product = autocast_dtype(x.device) if self.feeds_product else None
-        return product or (self.weight.dtype if self.recast else x.dtype)
+        if product or not self.recast:
+            return product or x.dtype
+        own: torch.dtype = (self.like if self.weight is None else self.weight).dtype
+        return own
+
+    def drop_affine(self: Any) -> None:
+        """Keep the normalisation alone: weight and bias were folded into the layer that follows."""
+        # An empty buffer goes wherever to() and half() take the model, and tells `recast` where.
+        self.register_buffer("like", self.weight.detach().new_empty(0), persistent=False)
+        self.elementwise_affine, self.weight, self.bias = False, None, None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., D] over the last dimension."""
