@@ -1,6 +1,7 @@
 """vitkern: Vision Transformers on custom kernels."""
 
 from vitkern._version import __version__
+from vitkern.capture import CapturedModel, capture
 from vitkern.config import PRESETS, ViTConfig
 from vitkern.eager import EagerViT
 from vitkern.explain import Explanation, explain
@@ -10,12 +11,14 @@ from vitkern.model import ViT, create_model
 
 __all__ = [
     "PRESETS",
+    "CapturedModel",
     "EagerViT",
     "Explanation",
     "ViT",
     "ViTConfig",
     "__version__",
     "attention_rollout",
+    "capture",
     "create_model",
     "explain",
     "fold",
