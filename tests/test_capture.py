@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import pickle
 import threading
 import warnings
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.error_budget import assert_within_budget
 from vitkern import CapturedModel, ViT, capture, fold
-from vitkern.capture import Graph
+from vitkern.capture import CudaGraphs, Graph
 
 
 class Recorder:
@@ -407,6 +408,69 @@ def test_one_output_with_the_batch_first(result: Callable[[Tensor], Any]) -> Non
 
     with pytest.raises(TypeError, match=r"model must return one tensor \[B, \.\.\.\]"):
         record(Odd().eval())
+
+
+def test_cuda_is_asked_for_the_right_things_in_the_right_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    signature = inspect.signature(torch.cuda.graph.__init__)
+
+    class Named:
+        """A stream, event, graph or pool that writes down what is done with it."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, method: str) -> Callable[..., None]:
+            return lambda *args: log.append(" ".join([self.name, method, *(a.name for a in args)]))
+
+    @contextlib.contextmanager
+    def inside(what: Any) -> Iterator[None]:
+        log.append(f"enter {getattr(what, 'name', what)}")
+        yield
+        log.append(f"leave {getattr(what, 'name', what)}")
+
+    def graph(*args: Any, **options: Any) -> Any:
+        given = signature.bind(None, *args, **options).arguments
+        names = [given[name].name for name in ("cuda_graph", "pool", "stream")]
+        return inside(" ".join([*names, given["capture_error_mode"]]))
+
+    def synchronize() -> None:
+        log.append("synchronize")
+
+    for name, fake in {
+        "device": inside,
+        "stream": inside,
+        "graph": graph,
+        "synchronize": synchronize,
+        "graph_pool_handle": lambda: Named("pool"),
+        "Stream": lambda: Named("side"),
+        "Event": lambda: Named("event"),
+        "CUDAGraph": lambda: Named("graph"),
+        "current_stream": lambda: Named("current"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def run() -> Tensor:
+        log.append("run")
+        return torch.ones(1)
+
+    backend, device = CudaGraphs(), torch.device("cuda", 1)
+    assert backend.problem(device) is None
+    backend.reset(device)
+    replay, output = backend.capture(run)
+    with backend.turn():
+        replay()
+    assert output.item() == 1
+    around = ["enter cuda:1", "leave cuda:1"]
+    assert log == [
+        *(around[0], "synchronize", around[1]),
+        *(around[0], "side wait_stream current", "enter side", "run", "run", "leave side"),
+        *("enter graph pool side thread_local", "run", "leave graph pool side thread_local"),
+        *("current wait_stream side", around[1]),
+        *(around[0], "event wait", "graph replay", "event record", around[1]),
+    ]
 
 
 # What only a GPU can show

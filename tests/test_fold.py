@@ -100,6 +100,22 @@ def test_within_twice_the_error_of_the_model_itself_under_autocast(dtype: torch.
     assert_within_budget(["logits"], [actual], [eager], [exact])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_bias_that_cancels_half_of_every_token(dtype: torch.dtype) -> None:
+    model: Any = trained(depth=1, embed_dim=64)
+    with torch.no_grad():
+        model.pos_embed[..., 0] += model.embed(images()).std() * 8
+        norm, x = model.blocks[0].norm1, model.embed(images(32))
+        normed = layer_norm(x)
+        assert 0.4 < (normed[..., 0].square().mean() / normed.square().sum(-1).mean()) < 0.6
+        norm.bias[0] = -norm.weight[0] * normed[..., 0].mean()
+        model.to(dtype)
+        exact = copy.deepcopy(model).double()(images(32).to(dtype).double())
+        actual, own = fold(model)(images(32).to(dtype)), model(images(32).to(dtype))
+    assert_within_budget(["logits"], [actual], [own], [exact])
+
+
+@torch.no_grad()
 def test_features_stay_unless_the_head_is_asked_for() -> None:
     model = trained().double()
     x = images().double()

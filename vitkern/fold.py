@@ -54,8 +54,10 @@ def fold(model: ViT, *, head: bool = False) -> FoldedViT:
 
     Folded are ``norm1`` and ``norm2`` into the layers behind them, ``ls1`` and ``ls2`` into those
     before them, and the norm inside an attention pool. A norm keeps normalising, without weight and
-    bias. Whether results stay as exact depends on the data in one case: where a norm's bias cancels
-    a large constant in the normalised tokens, the cancellation moves behind the product.
+    bias. In low precision, results are about as exact as before, with one exception that depends on
+    the data: where a norm's bias cancels a constant in the normalised tokens, they cancel behind
+    the product now. If such constants hold a share s of the tokens' squared norm, the layer's
+    rounding error grows by up to 1 / sqrt(1 - s).
 
     Args:
         model: stays as it is, on whatever device and in whatever mode.
