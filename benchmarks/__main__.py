@@ -62,6 +62,21 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--minutes", type=float, default=10, help="time budget, default: %(default)s")
     gpu.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="DIR")
     gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure which implementation of each op is the fastest on this GPU",
+        description="Hold every implementation of every op against float64, time it, and write "
+        "the table by which auto chooses on this card; a run goes on where the last one stopped. "
+        "Exit code 0: all is right; 1: something is wrong; 2: there is no GPU.",
+    )
+    tune.add_argument("--minutes", type=float, default=10, help="time budget, default: %(default)s")
+    tune.add_argument("--op", nargs="+", help="these ops only (default: all)")
+    tune.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: the card's in kernels/tuned/"
+    )
+    tune.add_argument("--again", action="store_true", help="measure anew what stands in the table")
+    tune.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
     return top
 
 
@@ -103,6 +118,15 @@ def main(arguments: list[str] | None = None) -> int:
             from . import _gpu
 
             return _gpu.main(options.minutes, options.out, torch.device(options.device))
+        if options.command == "tune":
+            import torch
+
+            from . import tune
+            from ._cases import choose_ops
+
+            device = torch.device(options.device)
+            ops = choose_ops(options.op)
+            return tune.main(options.minutes, ops, options.out, device, options.again)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ rivals are the backward passes of the forward op's implementations: each builds 
 what is timed is autograd's way back through it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.error_budget import as_tuple
 from vitkern import kernels
+from vitkern._table import columns as columns
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._op import Op, Sample, dtype_name
@@ -24,7 +25,7 @@ from vitkern.kernels._op import Op, Sample, dtype_name
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 # Floating-point arguments that have no gradient.
-CONSTANTS = frozenset({"mean", "std", "drop_scale", "sin", "cos"})
+CONSTANTS = frozenset({"mean", "std", "drop_scale", "sin", "cos", "stats"})
 
 
 def public(op: Op, impl: str) -> Callable[..., Any]:
@@ -190,12 +191,3 @@ def save(path: Path, text: str) -> None:
     """Write a file, and the folders on the way to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-
-
-def columns(lines: Sequence[tuple[str, ...]]) -> str:
-    """A plain-text table; the first line is the head."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.error_budget import budget, error
+from vitkern.kernels._error_budget import parity as parity
 
 Call = Callable[[], Any]
 
@@ -103,30 +103,6 @@ class Timer:
 def repeats(estimate: float, seconds: float, least: int, most: int) -> int:
     """How many calls of `estimate` seconds fit into `seconds`, within limits."""
     return max(least, min(most, int(seconds / max(estimate, 1e-7))))
-
-
-def parity(
-    actual: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor], factor: float = 2.0
-) -> dict[str, Any]:
-    """Whether each tensor is at most `factor` times as far from `exact` as eager's is.
-
-    The rule of the tests (tests/error_budget.py), evaluated on the device: here tensors are large.
-    """
-    worst: dict[str, Any] = {"ok": True, "error": 0.0, "budget": 0.0, "eager_error": 0.0}
-    highest = -1.0
-    for n, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
-        if a.shape != x.shape or a.dtype != e.dtype:
-            return {"ok": False, "why": f"output {n} is {a.dtype} {list(a.shape)}"}
-        if x.numel() == 0:
-            continue
-        if not torch.isfinite(a).all():
-            return {"ok": False, "why": f"output {n} is not finite"}
-        own, allowed = error(a, x), budget(e, x, factor)
-        if own / allowed > highest:
-            highest = own / allowed
-            worst = {"error": own, "budget": allowed, "eager_error": error(e, x)}
-            worst["ok"] = own <= allowed
-    return worst
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _tuned, _verified
 from ._launch import intercepted
 from ._triton import INTERPRET, TRITON_MISSING
+from ._verified import KERNELS
 
 LIBRARY = torch.library.Library("vitkern", "DEF")
 REGISTRY: dict[str, "Op"] = {}
@@ -182,11 +184,13 @@ def define(
 
 @dataclass(frozen=True)
 class Choice:
-    """Which implementation an op took for one call, and why."""
+    """Which implementation an op took for one call, and why; and the call, as tables name it."""
 
     op: str
     implementation: str
     why: str
+    bucket: str
+    dtype: torch.dtype
 
 
 _recorded: list[Choice] | None = None
@@ -210,53 +214,171 @@ def choose(
     unfit: Mapping[str, str | None] | None = None,
     avoid: str | None = None,
     detail: Callable[[str], str | None] | None = None,
+    bucket: Callable[[], str] | None = None,
+    dtype: torch.dtype | None = None,
+    peer_unfit: Callable[[str], str | None] | None = None,
 ) -> str:
     """Name of the implementation that runs this call.
 
+    Auto takes what was measured to be the fastest on this card, if that can run here; without a
+    measurement our kernel, unless there is a reason to avoid it; a kernel that failed its check
+    (``_verified.py``) never.
+
     Args:
         impl: "auto", or a name from ``op.implementations``; a name that can't run raises.
-        tensors: the call's tensors, whose device and dtype decide.
+        tensors: the call's tensors, whose device and dtype decide; the first is never None.
         unfit: for implementations that this call's options rule out, the reason.
-        avoid: why auto should leave our kernel alone, though it could run.
+        avoid: why auto, without a measurement, should leave our kernel alone, though it could run.
         detail: for the record, more about what the chosen implementation does here.
+        bucket: makes the name of the calls among which measurements are shared (`_tuned.bucket`);
+            by default the shapes of the tensors.
+        dtype: in which the kernel computes; by default that of the first floating-point tensor.
+        peer_unfit: why the peer of this name can't run here, asked only where a table names one.
 
     Raises:
         ValueError: unknown name, or an explicit one that can't run here; the text says why.
     """
     unfit = unfit or {}
     if impl == "auto":
-        name, why = _automatic(op, tensors, unfit, avoid)
+        name, why = _automatic(op, tensors, unfit, avoid, bucket, dtype, peer_unfit)
     else:
         if impl not in op.implementations:
             known = ", ".join(["auto", *op.implementations])
             raise ValueError(f"{op.name}: unknown impl {impl!r}; expected one of {known}")
-        problem = unfit.get(impl) or (kernel_problem(tensors) if impl == "triton" else None)
+        problem = unfit.get(impl) or (kernel_problem(tensors) if impl in KERNELS else None)
         if problem:
             raise ValueError(f"{op.name}: impl={impl!r} can't run here: {problem}")
         name, why = impl, "asked for"
+        _distrust(op, name, tensors, dtype, f"it runs, as impl={impl!r} was asked for")
     if _recorded is not None:
         more = None if detail is None else detail(name)
-        _recorded.append(Choice(op.name, name, f"{why}; {more}" if more else why))
+        why = f"{why}; {more}" if more else why
+        full = _tuned.full_bucket(_key(tensors, bucket), wants_grad(*tensors))
+        _recorded.append(Choice(op.name, name, why, full, dtype or _dtype(tensors)))
     return name
 
 
 def _automatic(
-    op: Op, tensors: tuple[Tensor | None, ...], unfit: Mapping[str, str | None], avoid: str | None
+    op: Op,
+    tensors: tuple[Tensor | None, ...],
+    unfit: Mapping[str, str | None],
+    avoid: str | None,
+    bucket: Callable[[], str] | None,
+    dtype: torch.dtype | None,
+    peer_unfit: Callable[[str], str | None] | None,
 ) -> tuple[str, str]:
+    ignored = "auto leaves it alone"
+    on_gpu = _on_gpu(tensors)
+    if on_gpu:
+        entry = _measured(op, tensors, unfit, avoid, bucket, dtype, peer_unfit)
+        if entry and not _distrust(op, entry.implementation, tensors, dtype, ignored):
+            return entry.implementation, entry.why
     if unfit.get(op.portable_name):
         fallback, ruled_out = "reference", f"; {op.portable_name}: {unfit[op.portable_name]}"
     else:
         fallback, ruled_out = op.portable_name, ""
     if op.launcher is None:
         return fallback, "no kernel of our own yet" + ruled_out
-    if INTERPRET and not any(t is not None and t.is_cuda for t in tensors):
+    if INTERPRET and not on_gpu:
         return fallback, "the interpreter is for tests: ask for impl='triton' to run it" + ruled_out
     problem = unfit.get("triton") or kernel_problem(tensors)
     if problem:
         return fallback, problem + ruled_out
     if avoid:
-        return fallback, avoid + ruled_out
-    return "triton", "CUDA tensors of a kernel dtype"
+        return fallback, f"{avoid}; not measured on this card{ruled_out}"
+    problem = _distrust(op, "triton", tensors, dtype, ignored)
+    if problem:
+        return fallback, problem + ruled_out
+    return "triton", "CUDA tensors of a kernel dtype; not measured on this card"
+
+
+def _measured(
+    op: Op,
+    tensors: tuple[Tensor | None, ...],
+    unfit: Mapping[str, str | None],
+    avoid: str | None,
+    bucket: Callable[[], str] | None,
+    dtype: torch.dtype | None,
+    peer_unfit: Callable[[str], str | None] | None,
+) -> _tuned.Entry | None:
+    """What was measured of such calls on this card, if it can run this one."""
+    device = _device(tensors)
+    if torch.compiler.is_compiling():
+        # Tables are of calls without a compiler: a reason that speaks of one goes before them. A
+        # look-up would tie what is compiled to sizes that were to stay open.
+        if avoid or not _sizes_are_known(tensors):
+            return None
+    elif not _tuned.table(device).entries:
+        return None
+    key, grad = _key(tensors, bucket), wants_grad(*tensors)
+    entry = _tuned.lookup(device, op.name, key, dtype or _dtype(tensors), grad)
+    if entry is None or entry.implementation not in op.implementations:
+        return None
+    name = entry.implementation
+    problem = unfit.get(name)
+    if name in KERNELS:
+        problem = problem or kernel_problem(tensors)
+    elif name in op.peers and name not in unfit:
+        problem = "unknown" if peer_unfit is None else peer_unfit(name)
+    return None if problem else entry
+
+
+def _distrust(
+    op: Op, impl: str, tensors: tuple[Tensor | None, ...], dtype: torch.dtype | None, then: str
+) -> str | None:
+    """Why `impl` is not to be trusted on this GPU; with a warning, once, that says what happens."""
+    if impl not in KERNELS or not _on_gpu(tensors):
+        return None
+    call = (op.name, impl, dtype or _dtype(tensors), _device(tensors), wants_grad(*tensors))
+    if torch.compiler.is_compiling():
+        return _problem(call, ())
+    try:
+        problem = _verified.settled[call]
+    except KeyError:
+        problem = _problem(call, tensors)
+    if problem:
+        _verified.warn_once(f"{problem}; {then}")
+    return problem
+
+
+def _problem(call: _verified.Call, tensors: tuple[Tensor | None, ...]) -> str | None:
+    return _verified.problem(call, REGISTRY, tensors)
+
+
+_tuned.constant_in_graphs(_problem)
+
+
+# No generator here or in `wants_grad`: it would take a microsecond, and every call asks.
+
+
+def _on_gpu(tensors: tuple[Tensor | None, ...]) -> bool:
+    return tensors[0] is not None and tensors[0].is_cuda
+
+
+def _device(tensors: tuple[Tensor | None, ...]) -> torch.device:
+    assert tensors[0] is not None
+    return tensors[0].device
+
+
+def _dtype(tensors: tuple[Tensor | None, ...]) -> torch.dtype:
+    for t in tensors:
+        if t is not None and t.is_floating_point():
+            return t.dtype
+    raise TypeError("a call without floating-point tensors")
+
+
+def _key(
+    tensors: tuple[Tensor | None, ...], bucket: Callable[[], str] | None
+) -> str | tuple[tuple[int, ...] | None, ...]:
+    """For a table: the bucket of a call, or the shapes that make it."""
+    return bucket() if bucket else tuple([None if t is None else t.shape for t in tensors])
+
+
+def _sizes_are_known(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether no size is a symbol, in a call that a compiler traces."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all(has_static_value(size) for t in tensors if t is not None for size in t.shape)
 
 
 def lone_norm() -> str | None:
@@ -284,7 +406,11 @@ def kernel_problem(tensors: Iterable[Tensor | None]) -> str | None:
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -292,6 +418,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which a product of x and a weight runs: autocast's, else the weight's own."""
+    dtype = autocast_dtype(x.device)
+    return weight.dtype if dtype is None or torch.float64 in (x.dtype, weight.dtype) else dtype
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors that there are, in `dtype`."""
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

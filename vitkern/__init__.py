@@ -8,6 +8,7 @@ from vitkern.explain import Explanation, explain
 from vitkern.fold import fold
 from vitkern.maps import attention_rollout, plot_attention, token_map
 from vitkern.model import ViT, create_model
+from vitkern.selfcheck import selfcheck
 
 __all__ = [
     "PRESETS",
@@ -23,5 +24,6 @@ __all__ = [
     "explain",
     "fold",
     "plot_attention",
+    "selfcheck",
     "token_map",
 ]

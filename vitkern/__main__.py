@@ -15,6 +15,7 @@ import torch
 
 import vitkern
 from vitkern.kernels import REGISTRY, _native
+from vitkern.kernels._op import KERNEL_DTYPES, dtype_name
 from vitkern.kernels._triton import TRITON_MISSING, triton
 
 # Modules of optional packages, by the name under which one installs them.
@@ -82,9 +83,31 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def selfcheck(options: argparse.Namespace) -> int:
+    """hold every kernel against float64 on this GPU; exit code 1 if one is wrong"""
+    dtypes = None if options.dtype is None else [getattr(torch, name) for name in options.dtype]
+    try:
+        report = vitkern.selfcheck(options.op, dtypes, options.device)
+    except (RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 0 if report.ok else 1
+
+
+def selfcheck_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `selfcheck`."""
+    add = parser.add_argument
+    add("--op", nargs="+", metavar="NAME", help="these ops only (default: all with a kernel)")
+    names = [dtype_name(dtype) for dtype in KERNEL_DTYPES]
+    add("--dtype", nargs="+", choices=names, help="these dtypes only (default: all)")
+    add("--device", type=device, help="cuda, cuda:N, or cpu for Triton's interpreter")
+
+
 COMMANDS = {
     "demo": Command(demo, demo_options, extra="demo"),
     "info": Command(info),
+    "selfcheck": Command(selfcheck, selfcheck_options),
 }
 
 

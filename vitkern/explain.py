@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitkern._table import columns
 from vitkern.kernels._op import record_choices
 
 
@@ -26,10 +27,7 @@ class Explanation:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        table = [Row._fields, *(tuple(map(str, row)) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
-        return "\n".join(lines)
+        return columns([Row._fields, *(tuple(map(str, row)) for row in self.rows)])
 
 
 def explain(model: nn.Module, images: Tensor) -> Explanation:

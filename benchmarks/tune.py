@@ -1,0 +1,162 @@
+"""The tuner: which implementation of each op is the fastest on this card, as a table for auto.
+
+Every implementation of an op is first held against float64 and then timed, on the samples of real
+models; those of a backward op together with the forward pass that goes before it. Tables are by
+bucket, and the bucket of a sample is asked of `choose` itself: the public function is called, and
+its record says under which name it looked. The table is on disk after every case, so that a run
+may end at any time, and the next one goes on where it stopped.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitkern.kernels import _tuned, _verified
+from vitkern.kernels._op import Choice, Op, dtype_name, record_choices
+
+from . import _gpu
+from ._cases import DTYPES, Case, cases, public, timed
+from ._measure import Timer, environment
+
+# Of a run: what must be the same for its figures to hold.
+SAME = ("gpu", "torch", "triton", "vitkern", "commit")
+
+
+class Notes(_gpu.Report):
+    """Results of the parity checks; only what failed is shown."""
+
+    def __init__(self) -> None:
+        self.rows = []
+
+    def add(self, kind: str, **values: Any) -> None:
+        """Keep one result."""
+        self.rows.append({"kind": kind, **values})
+        if not values.get("ok", True):
+            print(f"FAILED {json.dumps(self.rows[-1])}", flush=True)
+
+
+class Draft:
+    """A table as it grows, in its file."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        """Begin a run, in the table that stands in the file, if one does.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        about = environment(device)
+        packages = about["packages"]
+        gpu = about["card"]["name"] if "card" in about else "cpu"
+        run = {name: packages[name] for name in ("torch", "triton", "vitkern")}
+        run |= {"gpu": gpu} | {name: about[name] for name in ("date", "commit", "uncommitted")}
+        self.path = path
+        self.table: dict[str, Any] = {"schema": _tuned.SCHEMA, "gpu": gpu}
+        self.table |= {"runs": [], "entries": [], "verified": {}}
+        if path.exists():
+            if _tuned.read(path) is None:
+                raise ValueError(f"--out: {path} holds no table of schema {_tuned.SCHEMA}")
+            self.table = json.loads(path.read_text())
+            if self.table["gpu"] != gpu:
+                raise ValueError(f"--out: {path} is of {self.table['gpu']}, and this is {gpu}")
+        self.runs: list[dict[str, Any]] = self.table["runs"]
+        self.entries: list[dict[str, Any]] = self.table["entries"]
+        self.number = len(self.runs)
+        self.runs.append(run)
+
+    def holds(self, case: Case) -> bool:
+        """Whether a run like this one has measured `case`."""
+        now = self.runs[self.number]
+        found = (e["cases"][str(case)]["run"] for e in self.entries if str(case) in e["cases"])
+        return any(all(self.runs[run][name] == now[name] for name in SAME) for run in found)
+
+    def add(self, case: Case, choice: Choice, seconds: dict[str, float]) -> dict[str, Any]:
+        """Write down what one case took, and who is the fastest of its bucket now."""
+        key = {"op": choice.op, "bucket": choice.bucket, "dtype": dtype_name(choice.dtype)}
+        entry = next((e for e in self.entries if key.items() <= e.items()), None)
+        measured = {} if entry is None else dict(entry["cases"])
+        measured[str(case)] = {"run": self.number, "seconds": seconds}
+        best = _tuned.fastest(_tuned.totals(measured))
+        new = {**key, "implementation": best, "cases": measured}
+        if entry is not None:
+            self.entries.remove(entry)
+        self.entries.append(new)
+        self.save()
+        return new
+
+    def verify(self, op: Op, impl: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Write down the verdict on a kernel, for machines that have not checked it."""
+        card, verdict = _tuned.card(device), _verified.settle(op, impl, dtype, device)
+        if card is not None and verdict is not None and not verdict.raised:
+            self.table["verified"][_verified.key(op, impl, dtype, card)] = vars(verdict)
+
+    def save(self) -> None:
+        """Replace the file."""
+        _tuned.replace(self.path, self.table)
+
+
+def seconds_of(
+    case: Case, function: Callable[..., Any], arguments: dict[str, Any], timer: Timer
+) -> float:
+    """Median of a call; in a backward case of both passes, as training needs them."""
+    call = timed(case, function, arguments)
+    with torch.no_grad():
+        seconds = timer(call).median
+    if case.is_backward:
+        with torch.enable_grad():
+            seconds += timer(partial(function, **arguments)).median
+    return seconds
+
+
+def tune_case(case: Case, draft: Draft, notes: Notes, timer: Timer) -> str:
+    """Check and time all implementations of one case; what was found, in words."""
+    good = _gpu.check_op(notes, case, timer.device)
+    if case.is_backward:  # right gradients alone don't make what trains right
+        right = _gpu.check_op(notes, case.forward, timer.device)
+        good = {name: run for name, run in good.items() if name in right}
+    if not good:
+        return "nothing to time"
+    arguments = case.arguments(timer.device)
+    with record_choices() as choices, torch.set_grad_enabled(case.is_backward):
+        public(case.forward.op, "auto")(**arguments)
+    seconds = {name: seconds_of(case, run, arguments, timer) for name, run in good.items()}
+    for kernel in _verified.KERNELS.intersection(good, case.op.implementations):
+        draft.verify(case.op, kernel, case.dtype, timer.device)
+    entry = draft.add(case, choices[0], seconds)
+    return f"{_tuned.in_words(seconds)}; {entry['implementation']} for {entry['bucket']}"
+
+
+def main(minutes: float, ops: list[Op], out: Path | None, device: torch.device, again: bool) -> int:
+    """Tune until done or out of time; 0 if everything was right, 1 if not, 2 without a GPU."""
+    cuda = device.type == "cuda"
+    if cuda and not torch.cuda.is_available():
+        print("error: no CUDA GPU here, and this command measures one", file=sys.stderr)
+        return 2
+    if minutes <= 0:
+        raise ValueError(f"--minutes: must be above 0, got {minutes}")
+    end = time.monotonic() + 60 * minutes
+    if out is None:
+        name = f"{_tuned.card(device) or device.type}.json"
+        out = (_tuned.FOLDER if cuda else Path("build/tuned")) / name
+    draft, notes, timer = Draft(out, device), Notes(), Timer(device)
+    size, dtypes = ("vit", DTYPES) if cuda else ("tiny", (torch.float32,))
+    # Dtype by dtype, so that a cut-off leaves whole tables.
+    every = [case for dtype in dtypes for case in cases(ops, [size], [dtype])]
+    todo = [case for case in every if again or not draft.holds(case)]
+    print(f"{out}: {len(every)} cases, {len(every) - len(todo)} measured before; {timer.policy}")
+    for n, case in enumerate(todo):
+        if time.monotonic() > end:
+            print(f"out of time: {len(todo) - n} cases are left for the next run")
+            break
+        try:
+            print(f"{case}: {tune_case(case, draft, notes, timer)}", flush=True)
+        except Exception as problem:  # one case must not end the run
+            notes.add("case", case=str(case), **_gpu.failure(problem))
+        if cuda:
+            torch.cuda.empty_cache()
+    return 1 if notes.failed else 0

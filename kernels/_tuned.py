@@ -1,0 +1,229 @@
+"""What was measured: the fastest implementation of an op on a card, by bucket of shapes and dtype.
+
+A table is one file a card, ``tuned/<slug of its name>.json``, which `python -m benchmarks tune`
+writes:
+
+    {"schema": 1,
+     "gpu": "NVIDIA H100 80GB HBM3",
+     "runs": [{"torch": "2.11.0", "triton": "3.6.0", "date": "...", "commit": "..."}],
+     "entries": [{"op": "layer_norm", "bucket": "m32768 d768", "dtype": "bfloat16",
+                  "implementation": "triton",
+                  "cases": {"<sample>": {"run": 0, "seconds": {"triton": 3.1e-5, "torch": ...}}}}],
+     "verified": {"<key>": {"ok": true, ...}}}
+
+"verified" is for the self-check (``_verified.py``). A folder of such files named by VITKERN_TUNED
+wins, entry by entry, over the tables shipped here. A table is read once a process, when a tensor on
+its card first asks.
+"""
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ._launch import next_power_of_2
+
+SCHEMA = 1
+FOLDER = Path(__file__).parent / "tuned"
+
+# Dimensions that only say how much of the same work there is.
+ROUNDED = ("b", "m")
+
+
+class Entry(NamedTuple):
+    """What a table says of one kind of call."""
+
+    implementation: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """All that was measured on one card."""
+
+    entries: dict[tuple[str, str, torch.dtype], Entry] = field(default_factory=dict)
+    verified: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def card(device: torch.device) -> str | None:
+    """The name by which tables know the GPU `device`; None for what is no GPU."""
+    return slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def slug(name: str) -> str:
+    """ "nvidia-h100-80gb-hbm3" for "NVIDIA H100 80GB HBM3"."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def bucket(**dims: int | bool) -> str:
+    """ "m16384 n3072 k768": calls of one bucket are taken to prefer one implementation.
+
+    Rows `m` and images `b` are rounded up to a power of two, other sizes stand as they are; of what
+    is true or false, the name stands for True.
+    """
+    return " ".join(
+        name if size is True else f"{name}{next_power_of_2(size) if name in ROUNDED else size}"
+        for name, size in dims.items()
+        if size is not False
+    )
+
+
+@lru_cache(4096)
+def bucket_of(shapes: tuple[tuple[int, ...] | None, ...]) -> str:
+    """The bucket of a call by the shapes of its tensors alone: "m32768x768 768 -".
+
+    The rows of tokens [..., D] are one number; of more than three dimensions the first counts
+    samples. What shares its leading size with the first tensor is rounded with it.
+    """
+    leading = next((shape[0] for shape in shapes if shape), None)
+
+    def described(shape: tuple[int, ...] | None) -> str:
+        if shape is None:
+            return "-"
+        if shape and shape[0] == leading:
+            split = max(1, len(shape) - 1) if len(shape) <= 3 else 1
+            rows = 1
+            for size in shape[:split]:
+                rows *= size
+            return "x".join([f"m{next_power_of_2(rows)}", *map(str, shape[split:])])
+        return "x".join(map(str, shape)) or "1"
+
+    return " ".join(map(described, shapes))
+
+
+def constant_in_graphs(function: Callable[..., Any]) -> None:
+    """Have a compiler call `function` while it traces, and take the answer for a constant.
+
+    That is torch.compiler.assume_constant_result, which would import the whole compiler here.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_tables: dict[torch.device, Table] = {}
+
+
+def table(device: torch.device) -> Table:
+    """What was measured on the card `device`: an empty table where nothing was."""
+    try:
+        return _tables[device]
+    except KeyError:
+        name = card(device)
+        found = Table() if name is None else load(name)
+        _tables[device] = found
+        return found
+
+
+def lookup(
+    device: torch.device,
+    op: str,
+    key: str | tuple[tuple[int, ...] | None, ...],
+    dtype: torch.dtype,
+    grad: bool,
+) -> Entry | None:
+    """The entry for calls of `op` in the bucket `key`, or in that of the shapes `key`.
+
+    Args:
+        grad: whether the call is one of training, where forward and backward count together.
+    """
+    entries = table(device).entries
+    if not entries:
+        return None
+    return entries.get((op, full_bucket(key, grad), dtype))
+
+
+constant_in_graphs(lookup)
+
+
+def full_bucket(key: str | tuple[tuple[int, ...] | None, ...], grad: bool) -> str:
+    """The bucket as tables spell it."""
+    return (key if isinstance(key, str) else bucket_of(key)) + " grad" * grad
+
+
+def load(name: str) -> Table:
+    """The tables of the card `name`, the user's own over the one shipped."""
+    merged = Table()
+    for folder in (FOLDER, os.environ.get("VITKERN_TUNED")):
+        contents = read(Path(folder) / f"{name}.json") if folder else None
+        if contents is None:
+            continue
+        merged.entries.update(contents.entries)
+        merged.verified.update(contents.verified)
+    return merged
+
+
+def read(path: Path) -> Table | None:
+    """The table in a file; None without one, or, after a warning, for one of no use."""
+    try:
+        contents = json.loads(path.read_text())
+        if contents["schema"] != SCHEMA:
+            raise ValueError(f"schema {contents['schema']!r}, expected {SCHEMA}")
+        entries = {
+            (entry["op"], entry["bucket"], dtype_of(entry["dtype"])): Entry(
+                entry["implementation"],
+                f"measured on this card: {in_words(totals(entry['cases']))}",
+            )
+            for entry in contents["entries"]
+        }
+        return Table(entries, dict(contents["verified"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        what = f"{type(problem).__name__}: {problem}"
+        warnings.warn(f"the table of measurements {path} is ignored: {what}", stacklevel=2)
+        return None
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch.bfloat16 for "bfloat16"."""
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is no dtype")
+    return dtype
+
+
+def totals(cases: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Seconds over the cases of an entry, of the implementations that every case has."""
+    first, *others = (case["seconds"] for case in cases.values())
+    common = set(first).intersection(*others)
+    return {impl: sum(case[impl] for case in (first, *others)) for impl in common}
+
+
+def in_words(seconds: dict[str, float]) -> str:
+    """ "triton 31.2 us, torch 40.1 us": the fastest first."""
+    return ", ".join(f"{impl} {1e6 * s:.4g} us" for impl, s in sorted(seconds.items(), key=_second))
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """Who takes the least."""
+    return min(seconds.items(), key=_second)[0]
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]
+
+
+def replace(path: Path, contents: dict[str, Any]) -> None:
+    """Write JSON so that a reader, in whichever process, finds the old file or the new one.
+
+    Raises:
+        OSError: the folder can't be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(contents, file, indent=1)
+            file.write("\n")
+        os.chmod(draft, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
