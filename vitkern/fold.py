@@ -169,11 +169,11 @@ def _fits(new: tuple[Tensor, Tensor | None], layer: nn.Linear) -> bool:
     weight beyond its largest. Float32 weights may meet float16 as well, under autocast.
     """
     own = layer.weight.dtype
-    values = torch.cat([t.flatten() for t in new if t is not None])
-    return all(
-        bool((values.to(d).double() - values).norm() <= torch.finfo(d).eps / 2 * values.norm())
-        for d in {own, torch.float16 if own == torch.float32 else own}
-    )
+    narrow = torch.float16 if own == torch.float32 else own
+    tensors = [t for t in new if t is not None]
+    error = sum((t.to(narrow) - t).norm() ** 2 for t in tensors)
+    allowed = sum((torch.finfo(narrow).eps / 2 * t.norm()) ** 2 for t in tensors)
+    return bool(error <= allowed)
 
 
 def _put(new: tuple[Tensor, Tensor | None], layer: nn.Linear) -> None:
