@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -37,6 +37,9 @@ FOLDER = Path(__file__).parent / "tuned"
 # Dimensions that only say how much of the same work there is.
 ROUNDED = ("b", "m")
 
+# Up to this factor between amounts of the same work, the fastest is taken to be the same.
+NEAR = 4
+
 
 class Entry(NamedTuple):
     """What a table says of one kind of call."""
@@ -45,12 +48,40 @@ class Entry(NamedTuple):
     why: str
 
 
+Key: TypeAlias = tuple[str, str, torch.dtype]  # op, bucket, dtype
+
+
 @dataclass(frozen=True)
 class Table:
-    """All that was measured on one card."""
+    """All that was measured on one card; `near`: what was found for keys that stand not in it."""
 
-    entries: dict[tuple[str, str, torch.dtype], Entry] = field(default_factory=dict)
+    entries: dict[Key, Entry] = field(default_factory=dict)
     verified: dict[str, dict[str, Any]] = field(default_factory=dict)
+    near: dict[Key, Entry | None] = field(default_factory=dict)
+
+    def find(self, key: Key) -> Entry | None:
+        """The entry under this key, or the one of the nearest size, if that is near."""
+        try:
+            return self.entries[key]
+        except KeyError:
+            pass
+        if key not in self.near:
+            self.near[key] = self._nearest(*key)
+        return self.near[key]
+
+    def _nearest(self, op: str, bucket: str, dtype: torch.dtype) -> Entry | None:
+        kind, size = without_size(bucket)
+        found: list[tuple[float, str, Entry]] = []
+        for (other_op, other_bucket, other_dtype), entry in self.entries.items():
+            other_kind, other = without_size(other_bucket)
+            if (other_op, other_kind, other_dtype) == (op, kind, dtype):
+                ratio = max(size, other) / min(size, other)
+                if ratio <= NEAR:
+                    found.append((ratio, f"as {other_bucket}, {entry.why}", entry))
+        if not found:
+            return None
+        _, why, entry = min(found, key=lambda one: one[0])
+        return Entry(entry.implementation, why)
 
 
 def card(device: torch.device) -> str | None:
@@ -76,19 +107,29 @@ def bucket(**dims: int | bool) -> str:
     )
 
 
+def without_size(bucket: str) -> tuple[str, int]:
+    """A bucket without its amount of work, and that: ("m n3072", 16384) for "m16384 n3072"."""
+    sizes = _SIZE.findall(bucket)
+    return _SIZE.sub(r"\1", bucket), int(sizes[0][1]) if sizes else 1
+
+
+_SIZE = re.compile(rf"\b([{''.join(ROUNDED)}])(\d+)")
+
+
 @lru_cache(4096)
 def bucket_of(shapes: tuple[tuple[int, ...] | None, ...]) -> str:
     """The bucket of a call by the shapes of its tensors alone: "m32768x768 768 -".
 
     The rows of tokens [..., D] are one number; of more than three dimensions the first counts
-    samples. What shares its leading size with the first tensor is rounded with it.
+    samples. What shares its leading size with the first tensor is rounded with it, but for a vector
+    as wide as that, which is one of features.
     """
-    leading = next((shape[0] for shape in shapes if shape), None)
+    first = next((shape for shape in shapes if shape), (0,))
 
     def described(shape: tuple[int, ...] | None) -> str:
         if shape is None:
             return "-"
-        if shape and shape[0] == leading:
+        if shape and shape[0] == first[0] and shape != first[-1:]:
             split = max(1, len(shape) - 1) if len(shape) <= 3 else 1
             rows = 1
             for size in shape[:split]:
@@ -128,15 +169,12 @@ def lookup(
     dtype: torch.dtype,
     grad: bool,
 ) -> Entry | None:
-    """The entry for calls of `op` in the bucket `key`, or in that of the shapes `key`.
+    """What was measured for calls of `op` in the bucket `key`, or in that of the shapes `key`.
 
     Args:
         grad: whether the call is one of training, where forward and backward count together.
     """
-    entries = table(device).entries
-    if not entries:
-        return None
-    return entries.get((op, full_bucket(key, grad), dtype))
+    return table(device).find((op, full_bucket(key, grad), dtype))
 
 
 constant_in_graphs(lookup)

@@ -6,8 +6,10 @@ The GPU is a made-up one: its kernels run in Triton's interpreter, or are plain 
 import json
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -247,6 +249,20 @@ def test_a_check_does_not_check_what_it_calls(gpu: Path, made_up: tuple[Kernel, 
     made_up[0].run = recursive
     assert chosen() == "triton"
     assert len(made_up[0].calls) == _verified.SMALLEST
+
+
+def test_threads_share_a_check(gpu: Path, made_up: tuple[Kernel, Kernel]) -> None:
+    before = made_up[0].run
+
+    def slow(*args: Any, **options: Any) -> Tensor:
+        time.sleep(0.05)
+        return before(*args, **options)
+
+    made_up[0].run, made_up[0].factor = slow, 1.01
+    with ThreadPoolExecutor(4) as pool, pytest.warns(RuntimeWarning, match="failed its check"):
+        found = [future.result() for future in [pool.submit(chosen) for _ in range(4)]]
+    assert found == ["torch"] * 4
+    assert len(made_up[0].calls) == 1  # the first sample is wrong
 
 
 def test_no_check_where_none_can_run(

@@ -65,7 +65,9 @@ def test_an_entry_decides_and_gives_its_reason(shipped: Path) -> None:
     "other",
     [
         entry("torch", "m16x8 8 - grad"),
-        entry("torch", "m32x8 8 -"),
+        entry("torch", "m128x8 8 -"),
+        entry("torch", "m2x8 8 -"),
+        entry("torch", "m16x8 8 8"),
         entry("torch", "m16x16 16 -"),
         entry("torch", dtype="float16"),
         entry("torch", op="add_layer_norm"),
@@ -80,8 +82,31 @@ def test_without_an_entry_the_heuristic_decides(shipped: Path, other: dict[str, 
 
 def test_buckets_round_rows_and_keep_widths(shipped: Path) -> None:
     write(shipped, entry("torch"))
-    rows = {n: decided(partial(layer_norm, torch.ones(n, 8), WEIGHT))[0] for n in (8, 9, 16, 17)}
-    assert rows == {8: "triton", 9: "torch", 16: "torch", 17: "triton"}
+    whys = {n: decided(partial(layer_norm, torch.ones(n, 8), WEIGHT))[1] for n in (8, 9, 16, 17)}
+    assert {n: why.split()[0] for n, why in whys.items()} == {
+        8: "as",
+        9: "measured",
+        16: "measured",
+        17: "as",
+    }
+
+
+def test_the_nearest_size_counts_where_it_is_near(shipped: Path) -> None:
+    write(shipped, entry("torch", "m32x8 8 -"), entry("reference", "m128x8 8 -"))
+
+    def at(rows: int) -> tuple[str, str]:
+        return decided(partial(layer_norm, torch.ones(rows, 8), WEIGHT))
+
+    times = "measured on this card: torch 20 us, triton 40 us"
+    for _ in range(2):  # found, then remembered
+        assert at(8) == ("torch", f"as m32x8 8 -, {times}")
+        assert [at(rows)[0] for rows in (4, 32, 128, 512, 513)] == [
+            "triton",
+            "torch",
+            "reference",
+            "reference",
+            "triton",
+        ]
 
 
 def test_training_has_entries_of_its_own(shipped: Path) -> None:
@@ -139,6 +164,8 @@ def test_names() -> None:
     tokens, drop = (100, 197, 768), (100,)
     assert _tuned.bucket_of((tokens, tokens, drop)) == "m32768x768 m32768x768 m128"
     assert _tuned.bucket_of(((0, 8), (8,))) == "m1x8 8"
+    assert _tuned.without_size("m32768x768 768 m128 grad") == ("mx768 768 m grad", 32768)
+    assert _tuned.without_size("b8 n3 gated") == ("b n3 gated", 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
