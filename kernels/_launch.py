@@ -120,3 +120,25 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of a product: rows, columns and depth of one step; warps; software-pipeline stages.
+
+    parts: slices of columns that the epilogue takes one after the other, to hold fewer registers.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1
+
+
+def fit(block: int, size: int) -> int:
+    """`block`, or a smaller power of two that covers `size` too; 16 is the least `tl.dot` takes."""
+    while block > 16 and block >= 2 * size:
+        block //= 2
+    return block

@@ -207,6 +207,12 @@ def record_choices() -> Iterator[list[Choice]]:
         _recorded = before
 
 
+def note(what: str, how: str, why: str) -> None:
+    """Record how something that is no op runs, and why."""
+    if _recorded is not None:
+        _recorded.append(Choice(what, how, why, "", torch.float32))
+
+
 def choose(
     op: Op,
     impl: str,

@@ -1,101 +1,103 @@
-"""The first half of an MLP: a linear layer and its activation.
+"""A linear layer and its activation, where no norm stands before it.
 
-    y = act(x W^T + b)                                 W [F, D], b [F]
-    y = act(g) * v  with  [g; v] = x W^T + b           gated (SwiGLU, GEGLU): W [2F, D], b [2F]
+    z = x W^T + b,   y = act(z), or act(gate) * value with z = [gate, value]     (SwiGLU, GEGLU)
 
-Activations: erf GELU ("gelu", the ViT default), tanh GELU ("gelu_tanh"), QuickGELU
-(z * sigmoid(1.702 z)), ReLU and SiLU.
-Forward:  x [..., D] -> y [..., F].
-Bytes: x, W and y, where a fused kernel writes nothing else; FLOPs: 2 rows D F. Until that kernel
-exists the op is made of ATen's product and activation.
+Forward:  x [..., D], W [F, D], b [F] -> y [..., F] (gated [..., F / 2]).
+Backward: dz = dy * act'(z),  dx = dz W,  dW = dz^T x,  db = sum dz.
+Saved for backward: x and z; y is not, since the layer behind can make it again from z.
+Bytes: x + W + y (+ z, where a gradient is wanted) forward. A product and an activation apart read z
+    once more. FLOPs: 2 rows D F forward, twice that backward.
 Sources: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; Shazeer, "GLU Variants", 2020.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ._gemm import launch as gemm
+from ._gemm.activation import ACTIVATIONS, check_activation, definition, fused, overwriting
+from ._gemm.portable import through_activation, weight_grad
 from ._op import (
     Arg,
     Sample,
     accumulate_dtype,
-    autocast_dtype,
+    cast,
     check_floating,
     check_shape,
     choose,
     define,
+    product_dtype,
+    same,
     total_bytes,
+    wants_grad,
 )
 
 
-def _gelu(z: Tensor) -> Tensor:
-    return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
-
-
-def _gelu_tanh(z: Tensor) -> Tensor:
-    return z * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-
-def _quick_gelu(z: Tensor) -> Tensor:
-    return z * torch.sigmoid(1.702 * z)
-
-
-def _silu(z: Tensor) -> Tensor:
-    return z * torch.sigmoid(z)
-
-
-Activation = Callable[[Tensor], Tensor]
-
-# name: (definition, the same by ATen's fused call, and by that call in place)
-ACTIVATIONS: dict[str, tuple[Activation, Activation, Activation]] = {
-    "gelu": (_gelu, F.gelu, torch.ops.aten.gelu_.default),
-    "gelu_tanh": (
-        _gelu_tanh,
-        lambda z: F.gelu(z, approximate="tanh"),
-        lambda z: torch.ops.aten.gelu_.default(z, approximate="tanh"),
-    ),
-    "quick_gelu": (_quick_gelu, _quick_gelu, _quick_gelu),
-    "relu": (torch.relu, torch.relu, torch.relu_),
-    "silu": (_silu, F.silu, lambda z: F.silu(z, inplace=True)),
-}
-
-
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
-) -> Tensor:
-    """The definition, accumulated in float32 (float64 for float64 arguments)."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    need_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition: (y, z or empty), accumulated in float32 (float64 for float64 arguments)."""
     acc = accumulate_dtype(x, weight, bias)
     z = F.linear(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc))
-    act = ACTIVATIONS[activation][0]
-    if gated:
-        gate, value = z.chunk(2, dim=-1)
-        return (act(gate) * value).to(x.dtype).contiguous()
-    return act(z).to(x.dtype).contiguous()
+    y = definition(z, activation, gated).to(weight.dtype).contiguous()
+    return y, z.to(weight.dtype).contiguous() if need_pre else weight.new_empty(0)
 
 
 def portable(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gated: bool
-) -> Tensor:
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    need_pre: bool,
+) -> tuple[Tensor, Tensor]:
     """ATen's product and activation."""
     z = F.linear(x, weight, bias)
-    # The product is ours alone. Where no gradient needs it, writing over it saves touching as much
-    # fresh memory, which on a CPU costs as much as the GELU; a compiler does that by itself.
-    overwrite = not (z.requires_grad or torch.compiler.is_compiling())
-    act = ACTIVATIONS[activation][2 if overwrite else 1]
-    if gated:
-        gate, value = z.chunk(2, dim=-1)
-        return act(gate) * value
-    return act(z)
+    # The product is ours alone. Where nobody needs it, writing over it saves touching as much fresh
+    # memory, which on a CPU costs as much as the GELU; a compiler does that by itself.
+    keep = need_pre or z.requires_grad or torch.compiler.is_compiling()
+    y = (fused if keep else overwriting)(z, activation, gated)
+    return y, z if need_pre else weight.new_empty(0)
 
 
-def fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gated: bool) -> Tensor:
-    """Shape, dtype and strides of the output."""
-    features = weight.shape[0] // 2 if gated else weight.shape[0]
-    return x.new_empty(*x.shape[:-1], features)
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    need_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """One launch."""
+    y, pre = results = fake(x, weight, bias, activation, gated, need_pre)
+    saved = pre if need_pre else None
+    gemm.forward(x, weight, bias, y, activation=activation, gated=gated, pre=saved)
+    return results
+
+
+def fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    need_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of the outputs."""
+    leading, features = x.shape[:-1], weight.shape[0]
+    return (
+        weight.new_empty(*leading, features // 2 if gated else features),
+        weight.new_empty((*leading, features) if need_pre else 0),
+    )
 
 
 def samples(size: str) -> Iterable[Sample]:
@@ -103,14 +105,16 @@ def samples(size: str) -> Iterable[Sample]:
     if size == "tiny":
         for activation in ACTIVATIONS:
             for gated in (False, True):
-                yield _sample((2, 5, 24), 18, activation, gated, bias=not gated)
+                yield _sample((2, 5, 24), 40, activation, gated, bias=not gated, pre=gated)
+        yield _sample((0, 5, 24), 16, "gelu", False, bias=True, pre=True)
     else:
         for width in (768, 1024):
-            yield _sample((64, 197, width), 4 * width, "gelu", False, bias=True)
+            for pre in (False, True):
+                yield _sample((64, 197, width), 4 * width, "gelu", False, bias=True, pre=pre)
 
 
 def _sample(
-    shape: tuple[int, ...], features: int, activation: str, gated: bool, bias: bool
+    shape: tuple[int, ...], features: int, activation: str, gated: bool, bias: bool, pre: bool
 ) -> Sample:
     rows = 2 * features if gated else features
     args = {
@@ -119,7 +123,8 @@ def _sample(
         "bias": Arg((rows,)) if bias else None,
     }
     label = f"{activation}{' gated' * gated} {'x'.join(map(str, shape))} -> {features}"
-    return Sample(label, args, {"activation": activation, "gated": gated})
+    options = {"activation": activation, "gated": gated, "need_pre": pre}
+    return Sample(label + " saved" * pre, args, options)
 
 
 def flops(x: Tensor, weight: Tensor, **_: Any) -> int:
@@ -127,22 +132,193 @@ def flops(x: Tensor, weight: Tensor, **_: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-def bytes_moved(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, **_: Any) -> int:
-    """x and the weights in, y out."""
-    features = weight.shape[0] // 2 if gated else weight.shape[0]
-    rows = x.numel() // max(1, x.shape[-1])
-    return total_bytes(x, weight, bias) + rows * features * x.element_size()
+def bytes_moved(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> int:
+    """x and the parameters in; y and perhaps z out."""
+    return total_bytes(x, weight, bias, *fake(x, weight, bias, **options))
+
+
+def to_public(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The op's arguments as those of `linear_act`."""
+    return {k: v for k, v in arguments.items() if k != "need_pre"}
 
 
 LINEAR_ACT = define(
     "linear_act",
     reference=reference,
     portable=portable,
+    launcher=launch,
     fake=fake,
     samples=samples,
     flops=flops,
     bytes_moved=bytes_moved,
+    to_public=to_public,
 )
+
+
+def _backward(
+    product: torch.dtype,
+    dy: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    gated: bool,
+    param_dtype: torch.dtype,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(dy, x, weight)
+    _, dz = through_activation(dy.to(acc), z, activation, gated, exact=product == acc)
+    dx = weight.new_empty(0, dtype=x.dtype)
+    if need_x:
+        dx = (dz.to(product) @ weight.to(product)).to(x.dtype).contiguous()
+    if not need_params:
+        return dx, weight.new_empty(0, dtype=param_dtype), weight.new_empty(0, dtype=param_dtype)
+    d_weight, d_bias = weight_grad(dz, x, product)
+    return dx, d_weight.to(param_dtype), d_bias.to(param_dtype)
+
+
+def backward_reference(
+    dy: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    gated: bool,
+    param_dtype: torch.dtype,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [..., D], dW [F, D], db [F]); the last two are empty unless `need_params`."""
+    acc = accumulate_dtype(dy, x, weight)
+    options = (activation, gated, param_dtype, need_x, need_params)
+    return _backward(acc, dy, z, x, weight, *options)
+
+
+def backward_portable(
+    dy: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    gated: bool,
+    param_dtype: torch.dtype,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ATen's products in the dtype of the weight, all else in float32."""
+    options = (activation, gated, param_dtype, need_x, need_params)
+    return _backward(weight.dtype, dy, z, x, weight, *options)
+
+
+def backward_launch(
+    dy: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    gated: bool,
+    param_dtype: torch.dtype,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both products, and the sum of the second one's splits."""
+    dx, d_weight, d_bias = backward_fake(
+        dy, z, x, weight, activation, gated, param_dtype, need_x, need_params
+    )
+    own = dx if need_x else None
+    options: dict[str, Any] = {"z": z, "activation": activation, "gated": gated}
+    dz, _ = gemm.input_grad(dy, weight, own, **options, need_operands=need_params)
+    if need_params:
+        partial = gemm.weight_grad(dz, x)
+        d_weight, d_bias, _ = gemm.finish(partial, weight, None, None, param_dtype)
+    return dx, d_weight, d_bias
+
+
+def backward_fake(
+    dy: Tensor,
+    z: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    gated: bool,
+    param_dtype: torch.dtype,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes, dtypes and strides of the outputs."""
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        weight.new_empty(weight.shape if need_params else 0, dtype=param_dtype),
+        weight.new_empty(weight.shape[0] if need_params else 0, dtype=param_dtype),
+    )
+
+
+def backward_samples(size: str) -> Iterable[Sample]:
+    """The forward's samples with a gradient."""
+    for sample in samples(size):
+        x, weight = sample.args["x"], sample.args["weight"]
+        assert x is not None
+        assert weight is not None
+        rows, features, gated = x.shape[:-1], weight.shape[0], sample.options["gated"]
+        args: dict[str, Arg | None] = {
+            "dy": Arg((*rows, features // 2 if gated else features)),
+            "z": Arg((*rows, features)),
+            "x": x,
+            "weight": weight,
+        }
+        options = {"activation": sample.options["activation"], "gated": gated}
+        options |= {"param_dtype": same, "need_x": True, "need_params": True}
+        yield Sample(sample.label, args, options)
+
+
+def backward_flops(x: Tensor, weight: Tensor, **_: Any) -> int:
+    """Two products."""
+    return 4 * x.numel() * weight.shape[0]
+
+
+def backward_bytes_moved(dy: Tensor, z: Tensor, x: Tensor, weight: Tensor, **options: Any) -> int:
+    """The gradient and what was saved in; gradients out."""
+    given = (dy, z, x, weight)
+    return total_bytes(*given, *backward_fake(*given, **options))
+
+
+LINEAR_ACT_BACKWARD = define(
+    "linear_act_backward",
+    reference=backward_reference,
+    portable=backward_portable,
+    launcher=backward_launch,
+    fake=backward_fake,
+    samples=backward_samples,
+    flops=backward_flops,
+    bytes_moved=backward_bytes_moved,
+    backward_of="linear_act",
+)
+
+
+class _LinearAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, gated, dtype):  # type: ignore[no-untyped-def]
+        rows, product, shift = cast(dtype, x, weight, bias)
+        y, z = LINEAR_ACT.call(rows, product, shift, activation, gated, True)
+        ctx.save_for_backward(z, rows, product)
+        ctx.options = activation, gated, weight.dtype
+        ctx.x_dtype = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        dx, d_weight, d_bias = LINEAR_ACT_BACKWARD.call(
+            dy, *ctx.saved_tensors, *ctx.options, need_x, need_weight or need_bias
+        )
+        return (
+            dx.to(ctx.x_dtype) if need_x else None,
+            d_weight if need_weight else None,
+            d_bias if need_bias else None,
+            *(None,) * 3,
+        )
 
 
 def linear_act(
@@ -159,12 +335,12 @@ def linear_act(
     Under autocast all arguments are cast to its dtype, as by ``F.linear``.
 
     Args:
-        x: tokens [..., D].
+        x: tokens [..., D], in the dtype of the weight or under autocast.
         weight: [F, D]; [2F, D] = [gate; value] if gated.
         bias: [F] or [2F], or None.
         activation: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
         gated: multiply the activated gate by the value.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         [..., F] in the dtype of the product.
@@ -176,16 +352,18 @@ def linear_act(
     check_floating("linear_act", x=x, weight=weight, bias=bias)
     check_shape("linear_act", "weight", weight, "2F" if gated else "F", x.shape[-1])
     check_shape("linear_act", "bias", bias, weight.shape[0])
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"linear_act: unknown activation {activation!r}; "
-            f"expected one of {', '.join(ACTIVATIONS)}"
-        )
-    if gated and weight.shape[0] % 2:
-        raise ValueError(f"linear_act: weight must be [2F, D] if gated, got {list(weight.shape)}")
-    dtype = autocast_dtype(x.device)
-    if dtype is not None and torch.float64 not in (x.dtype, weight.dtype):
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    run = portable if choose(LINEAR_ACT, impl, x, weight, bias) == "torch" else reference
-    return run(x, weight, bias, activation, gated)
+    check_activation("linear_act", activation, gated, weight.shape[0])
+    dtype = product_dtype(x, weight)
+    tensors = (x, weight, bias)
+    chosen = choose(
+        LINEAR_ACT,
+        impl,
+        *tensors,
+        avoid=gemm.predicted_slower(dtype),
+        bucket=lambda: gemm.bucket(x, weight, gated=gated),
+        dtype=dtype,
+    )
+    if chosen == "triton" and wants_grad(*tensors):
+        return _LinearAct.apply(*tensors, activation, gated, dtype)
+    run: Callable[..., Any] = {"triton": LINEAR_ACT.call, "torch": portable}.get(chosen, reference)
+    return run(*cast(dtype, *tensors), activation, gated, False)[0]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 OPS = {p.stem for p in KERNELS.iterdir() if not p.name.startswith("_") and p.suffix == ".py"} | {
-    p.name for p in KERNELS.iterdir() if (p / "__init__.py").exists()
+    p.name for p in KERNELS.iterdir() if not p.name.startswith("_") and (p / "__init__.py").exists()
 }
 
 

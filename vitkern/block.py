@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitkern import fused
 from vitkern import kernels as ops
 from vitkern.config import ViTConfig
-from vitkern.kernels._op import accumulate_dtype
+from vitkern.fused import Stream
+from vitkern.kernels._op import accumulate_dtype, note, product_dtype
 from vitkern.kernels.attention.reference import Options, heads, probabilities
 from vitkern.layers import (
     ACTIVATIONS,
@@ -21,8 +23,11 @@ from vitkern.layers import (
     LayerScale,
     activation_name,
     branch_scales,
+    idle,
+    make_drop_path,
     make_norm,
     plain,
+    plain_linear,
 )
 
 
@@ -42,15 +47,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias, **dd)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
+    def packed_norm(self) -> ops.QKNorm | None:
+        """The norms of queries and keys as the op takes them; None where it can't, or has none."""
+        q, k = self.q_norm, self.k_norm
+        if plain(q, *NORMS) and plain(k, type(q)) and q.eps == k.eps:
+            return ops.QKNorm(q.weight, q.bias, k.weight, k.bias, q.eps, q.rms)
+        return None
+
     def packed(self, x: Tensor) -> tuple[Tensor, ops.QKNorm | None]:
         """qkv [B, N, 3, H, d] of tokens [B, N, D], and the norm that the op has still to apply."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q_norm, k_norm, norm = self.q_norm, self.k_norm, None
-        if plain(q_norm, *NORMS) and plain(k_norm, type(q_norm)) and q_norm.eps == k_norm.eps:
-            norm = ops.QKNorm(
-                q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps, q_norm.rms
-            )
-        elif not (plain(q_norm, nn.Identity) and plain(k_norm, nn.Identity)):
+        q_norm, k_norm, norm = self.q_norm, self.k_norm, self.packed_norm()
+        if norm is None and not (plain(q_norm, nn.Identity) and plain(k_norm, nn.Identity)):
             q, k, v = qkv.unbind(2)
             qkv = torch.stack([q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v], 2)
         return qkv, norm
@@ -100,18 +108,28 @@ class Mlp(nn.Module):
         if layer.bias is not None:
             nn.init.ones_(layer.bias[start:])
 
+    def first_layers(self) -> list[Any]:
+        """fc1, or the gated pair."""
+        return [getattr(self, name) for name in self.first]
+
+    def plain_layers(self) -> bool:
+        """Whether an op may stand in for the first layers and the activation."""
+        return activation_name(self.act) is not None and all(map(plain_linear, self.first_layers()))
+
+    def first_layer(self) -> fused.Linear:
+        """The first layers as one: packing weights costs less than a second pass over x."""
+        layers = self.first_layers()
+        if len(layers) == 1:
+            return linear_of(layers[0])
+        biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        return fused.Linear(torch.cat([layer.weight for layer in layers]), biases)
+
     def hidden(self, x: Tensor) -> Tensor:
         """The activated hidden layer [..., F] of [..., D]."""
-        layers: list[Any] = [getattr(self, name) for name in self.first]
-        activation = activation_name(self.act)
-        if activation and all(plain(layer, nn.Linear) for layer in layers):
-            weight, bias = layers[0].weight, layers[0].bias
-            if len(layers) > 1:  # one product: packing weights costs less than a second pass over x
-                weight = torch.cat([layer.weight for layer in layers])
-                bias = None if bias is None else torch.cat([layer.bias for layer in layers])
-            options: dict[str, Any] = {"activation": activation, "impl": self.impl}
-            return ops.linear_act(x, weight, bias, gated=self.layout != "mlp", **options)
-        outputs = [layer(x) for layer in layers]
+        if self.plain_layers():
+            options: dict[str, Any] = {"activation": activation_name(self.act), "impl": self.impl}
+            return ops.linear_act(x, *self.first_layer(), gated=self.layout != "mlp", **options)
+        outputs = [layer(x) for layer in self.first_layers()]
         if self.layout == "swiglu_packed":
             outputs = outputs[0].chunk(2, -1)
         activated = self.act(outputs[0])
@@ -123,23 +141,178 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
+
+    Each half runs fused (`fused.py`) where all of its modules are plain; else module by module.
+    """
 
     def __init__(self, config: ViTConfig, drop_path: float = 0.0, **dd: Any) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.init_values
-        self.impl = config.implementations
+        self.impl, self.save = config.implementations, config.save or ""
         self.norm1 = make_norm(config, dim, product=True, **dd)
         self.attn = Attention(config, **dd)
         self.ls1 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path1 = make_drop_path(config, drop_path)
         self.norm2 = make_norm(config, dim, product=True, **dd)
         self.mlp = Mlp(config, config.mlp_layer, config.proj_bias, config.proj_drop_rate, **dd)
         self.ls2 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path2 = make_drop_path(config, drop_path)
+        # An op of the way module by module was asked for, and none of the fused way.
+        fused = ("norm_linear", "linear_residual")
+        single = ("layer_norm", "add_layer_norm", "linear_act", "residual_add")
+        asked = [op for op in single if self.impl[op] != "auto"]
+        self.asked = asked[0] if asked and all(self.impl[op] == "auto" for op in fused) else ""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
+        return self.run(Stream(x)).x
+
+    def run(self, stream: Stream, need_stats: bool = False) -> Stream:
+        """The stream [B, N, D] after this block, with its rows' statistics if a norm reads them."""
+        attention, mlp = self.attention_problem(), self.mlp_problem()
+        for half, problem in (("attention half", attention), ("MLP half", mlp)):
+            if problem:
+                note(half, "module by module", problem)
+        if attention and mlp and not (kept(self.drop_path1) or kept(self.drop_path2)):
+            return Stream(self.by_modules(stream.x))
+        stream = self.attention_half(stream, not mlp, problem=attention)
+        return self.mlp_half(stream, need_stats, problem=mlp)
+
+    def attention_half(
+        self, stream: Stream, need_stats: bool, *, problem: str | None = None
+    ) -> Stream:
+        """The stream after attention."""
+        drop_path: Any = self.drop_path1
+        if kept(drop_path):
+            return drop_path.on_subset(stream, self.attention_branch, problem)
+        return self.attention_branch(stream, need_stats, problem)
+
+    def mlp_half(self, stream: Stream, need_stats: bool, *, problem: str | None = None) -> Stream:
+        """The stream after the MLP."""
+        drop_path: Any = self.drop_path2
+        if kept(drop_path):
+            return drop_path.on_subset(stream, self.mlp_branch, problem)
+        return self.mlp_branch(stream, need_stats, problem)
+
+    def attention_branch(
+        self, stream: Stream, need_stats: bool, problem: str | None, factor: Tensor | None = None
+    ) -> Stream:
+        """The stream after attention; `factor` [B] stands in for that of stochastic depth."""
+        x, attn = stream.x, self.attn
+        if problem:
+            branch = attn(self.norm1(x))
+            return Stream(self.add(x, branch, self.ls1, self.drop_path1, factor))
+        dtype, normed = product_dtype(x, attn.qkv.weight), not isinstance(attn.q_norm, nn.Identity)
+        return fused.attention_half(
+            stream,
+            norm_of(self.norm1),
+            linear_of(attn.qkv),
+            attn.num_heads,
+            norm_of(attn.q_norm) if normed else None,
+            norm_of(attn.k_norm) if normed else None,
+            linear_of(attn.proj),
+            joint_of(x, self.ls1, self.drop_path1, dtype, factor),
+            fused.How(dtype, self.save, need_stats, self.impl),
+        )
+
+    def mlp_branch(
+        self, stream: Stream, need_stats: bool, problem: str | None, factor: Tensor | None = None
+    ) -> Stream:
+        """The stream after the MLP; `factor` as above."""
+        x, mlp = stream.x, self.mlp
+        if problem:
+            return Stream(self.add(x, mlp(self.norm2(x)), self.ls2, self.drop_path2, factor))
+        dtype = product_dtype(x, mlp.fc2.weight)
+        return fused.mlp_half(
+            stream,
+            norm_of(self.norm2),
+            mlp.first_layer(),
+            activation_name(mlp.act) or "",
+            mlp.layout != "mlp",
+            linear_of(mlp.fc2),
+            joint_of(x, self.ls2, self.drop_path2, dtype, factor),
+            fused.How(dtype, self.save, need_stats, self.impl),
+        )
+
+    def attention_problem(self) -> str | None:
+        """Why the attention half runs module by module; None where it runs fused."""
+        attn = self.attn
+        if not plain(attn, Attention):
+            return changed("attn")
+        if not (plain_linear(attn.qkv) and plain_linear(attn.proj)):
+            return changed("attn.qkv or attn.proj")
+        if not (idle(attn.attn_drop) and idle(attn.proj_drop)):
+            return "dropout"
+        if attn.packed_norm() is None and not (
+            plain(attn.q_norm, nn.Identity) and plain(attn.k_norm, nn.Identity)
+        ):
+            return changed("attn.q_norm or attn.k_norm")
+        return self._problem(self.norm1, "norm1", self.ls1, self.drop_path1, "1")
+
+    def mlp_problem(self) -> str | None:
+        """Why the MLP half runs module by module; None where it runs fused."""
+        mlp = self.mlp
+        if not plain(mlp, Mlp):
+            return changed("mlp")
+        if not (mlp.plain_layers() and plain_linear(mlp.fc2)):
+            return changed("a layer of mlp")
+        if not (idle(mlp.drop1) and idle(mlp.drop2)):
+            return "dropout"
+        return self._problem(self.norm2, "norm2", self.ls2, self.drop_path2, "2")
+
+    def _problem(
+        self, norm: nn.Module, name: str, ls: nn.Module, drop_path: nn.Module, number: str
+    ) -> str | None:
+        if self.asked:
+            return f"impl names {self.asked}"
+        if not plain(norm, *NORMS):
+            return changed(name)
+        if not (plain(ls, LayerScale, nn.Identity) and plain(drop_path, DropPath, nn.Identity)):
+            return changed(f"ls{number} or drop_path{number}")
+        return None
+
+    def class_token_problem(self) -> str | None:
+        """Why `class_token` can't stand in for the whole block."""
+        impl = self.impl
+        if impl["attention"] != impl["attention_pool"]:
+            return "attention was asked for by name"
+        if kept(self.drop_path1) or kept(self.drop_path2):
+            return "stochastic depth on a subset"
+        return self.attention_problem() or self.mlp_problem()
+
+    def class_token(self, x: Tensor) -> Tensor:
+        """The first token of ``forward(x)`` alone, [B, 1, D]: of the others only keys and values.
+
+        What a classifier reads of the last block, for a twelfth of that block's products.
+        """
+        attn, norm, own = self.attn, norm_of(self.norm1), x[:, :1]
+        dtype = product_dtype(x, attn.qkv.weight)
+        weight, bias = linear_of(attn.qkv)
+
+        def project(rows: Tensor, part: slice, count: int) -> Tensor:
+            shift = None if bias is None else bias[part]
+            out = ops.norm_linear(
+                rows, weight[part], shift, norm.weight, norm.bias, norm.eps, rms=norm.rms,
+                impl=self.impl["norm_linear"],
+            )  # fmt: skip
+            return out.unflatten(-1, (count, attn.num_heads, attn.head_dim))
+
+        inner = weight.shape[0] // 3
+        q, kv = project(own, slice(0, inner), 1)[:, :, 0], project(x, slice(inner, None), 2)
+        if not isinstance(attn.q_norm, nn.Identity):
+            k, v = kv.unbind(2)
+            q, kv = attn.q_norm(q).to(v.dtype), torch.stack([attn.k_norm(k).to(v.dtype), v], 2)
+        out = ops.attention_pool(q, kv, impl=self.impl["attention_pool"])
+        joint = joint_of(x, self.ls1, self.drop_path1, dtype)
+        own = ops.linear_residual(
+            out, *linear_of(attn.proj), own, layer_scale=joint.layer_scale,
+            drop_scale=joint.drop_scale, impl=self.impl["linear_residual"],
+        )  # fmt: skip
+        return self.mlp_branch(Stream(own), False, None).x
+
+    def by_modules(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D], with the first sum and the second norm in one op, if they may."""
         branch = self.attn(self.norm1(x))
         if plain(self.norm2, *NORMS):
             branch, gamma, factor = branch_scales(branch, self.ls1, self.drop_path1)
@@ -160,11 +333,53 @@ class Block(nn.Module):
             normed = self.norm2(x)
         return self.add(x, self.mlp(normed), self.ls2, self.drop_path2)
 
-    def add(self, x: Tensor, branch: Tensor, ls: nn.Module, drop_path: nn.Module) -> Tensor:
-        """x + drop_path(ls(branch))."""
-        branch, gamma, factor = branch_scales(branch, ls, drop_path)
+    def add(
+        self,
+        x: Tensor,
+        branch: Tensor,
+        ls: nn.Module,
+        drop_path: nn.Module,
+        factor: Tensor | None = None,
+    ) -> Tensor:
+        """x + drop_path(ls(branch)), or with `factor` in place of what drop_path would draw."""
+        if factor is None:
+            branch, gamma, factor = branch_scales(branch, ls, drop_path)
+        else:
+            branch, gamma = ls(branch), None
         impl = self.impl["residual_add"]
         return ops.residual_add(x, branch, layer_scale=gamma, drop_scale=factor, impl=impl)
+
+
+def norm_of(norm: Any) -> fused.Norm:
+    """A norm's parameters and options."""
+    return fused.Norm(norm.weight, norm.bias, norm.eps, norm.rms)
+
+
+def linear_of(layer: Any) -> fused.Linear:
+    """A linear layer's parameters."""
+    return fused.Linear(layer.weight, layer.bias)
+
+
+def joint_of(
+    x: Tensor, ls: Any, drop_path: Any, dtype: torch.dtype, factor: Tensor | None = None
+) -> fused.Joint:
+    """LayerScale and DropPath of a branch in `dtype`, both plain; `factor` overrides the latter."""
+    gamma = None if isinstance(ls, nn.Identity) else ls.gamma
+    if factor is None and not isinstance(drop_path, nn.Identity):
+        if gamma is not None:  # DropPath would see their product
+            dtype = torch.promote_types(dtype, gamma.dtype)
+        factor = drop_path.factor(x, dtype)
+    return fused.Joint(gamma, factor)
+
+
+def kept(drop_path: Any) -> bool:
+    """Whether this DropPath leaves samples out of the branch, in place of multiplying it by 0."""
+    return isinstance(drop_path, DropPath) and drop_path.subset and drop_path.active
+
+
+def changed(what: str) -> str:
+    """Why a half is not fused."""
+    return f"{what} was replaced, wrapped or hooked"
 
 
 class AttentionPool(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from vitkern.kernels import REGISTRY
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "")
+SAVES = ("balanced", "minimal")
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
 OPS = tuple(op.name for op in REGISTRY.values() if op.backward_of is None)
 
@@ -99,6 +100,11 @@ class ViTConfig:
         mean, std: normalisation of uint8 images, (pixel / 255 - mean) / std; each a number, or one
             for every channel.
         residual_dtype: dtype of the residual stream; None for what eager PyTorch would give it.
+        drop_path_mode: "scale" multiplies the branches of dropped samples by zero; "subset" leaves
+            those samples out of the computation (see `layers.DropPath` for the statistics).
+        save: what a block keeps for its backward pass: "balanced" (recompute activations only),
+            "minimal" (recompute fc1 and attention too), or None: "balanced" where fused kernels
+            run, what PyTorch's autograd keeps elsewhere.
         impl: implementation of every op ("auto", "triton", "reference"), or a mapping from op name
             to implementation.
 
@@ -149,6 +155,8 @@ class ViTConfig:
     mean: Any = 0.5
     std: Any = 0.5
     residual_dtype: torch.dtype | None = None
+    drop_path_mode: str = "scale"
+    save: str | None = None
     impl: Any = "auto"
 
     def __post_init__(self) -> None:
@@ -173,6 +181,9 @@ class ViTConfig:
         _one_of("pos_embed", self.pos_embed, ("learn", "none"))
         _one_of("global_pool", self.global_pool, POOLS)
         _one_of("weight_init", self.weight_init, WEIGHT_INITS)
+        _one_of("drop_path_mode", self.drop_path_mode, ("scale", "subset"))
+        if self.save is not None:
+            _one_of("save", self.save, SAVES)
         for name, default in (
             ("embed_layer", "timm.PatchEmbed"),
             ("block_fn", "timm.Block"),

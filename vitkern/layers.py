@@ -26,6 +26,18 @@ def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
     )
 
 
+def plain_linear(layer: nn.Module) -> bool:
+    """Whether a fused op may stand in for a linear layer: no quantised or distributed weight."""
+    return plain(layer, nn.Linear) and type(layer.weight) in (nn.Parameter, Tensor)
+
+
+def idle(dropout: nn.Module) -> bool:
+    """Whether this dropout passes its input on as it is."""
+    if plain(dropout, nn.Dropout):
+        return not (dropout.training and dropout.p)
+    return plain(dropout, nn.Identity)
+
+
 class _Norm:
     """What the two norms add to PyTorch's: the op, and the dtype of its result.
 
@@ -139,18 +151,41 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a sample's whole branch and scale up the rest."""
+    """Stochastic depth: in training, drop a sample's whole branch and scale up the rest.
 
-    def __init__(self, drop_prob: float = 0.0) -> None:
+    subset: compute the branch for a random subset of the batch only (Oquab et al., "DINOv2", 2023).
+    Of B samples k = round(B * (1 - drop_prob)), one at least, are kept and scaled by B / k. So
+    every sample is kept with probability k / B and the expectation is the same, but the number of
+    those kept is fixed, and where B * drop_prob is below 1/2 none is dropped.
+    """
+
+    def __init__(self, drop_prob: float = 0.0, subset: bool = False) -> None:
         super().__init__()
-        self.drop_prob = drop_prob
+        self.drop_prob, self.subset = drop_prob, subset
+
+    @property
+    def active(self) -> bool:
+        """Whether it drops anything now."""
+        return self.training and self.drop_prob > 0
+
+    def on_subset(self, stream: Any, half: Callable[..., Any], problem: str | None) -> Any:
+        """The stream after `half` of a block on the samples kept, those left out as they were."""
+        x = stream.x
+        batch = x.shape[0]
+        count = max(1, round(batch * (1 - self.drop_prob)))
+        if count >= batch:
+            return half(stream, False, problem, x.new_ones(batch))
+        index = torch.randperm(batch, device=x.device)[:count]
+        part = type(stream)(x.index_select(0, index))
+        after = half(part, False, problem, x.new_full((count,), batch / count)).x
+        return type(stream)(x.index_copy(0, index, after))
 
     def factor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
         """Factor a sample [B], 0 or 1 / keep, in the dtype of `x` or `dtype`; None to drop nothing.
 
         Drawn as timm draws it, so that one seed drops the same samples in both.
         """
-        if not (self.training and self.drop_prob):
+        if not self.active:
             return None
         keep = 1 - self.drop_prob
         kept = x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep)
@@ -163,7 +198,12 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         """The rate."""
-        return f"drop_prob={self.drop_prob:.3f}"
+        return f"drop_prob={self.drop_prob:.3f}" + ", subset=True" * self.subset
+
+
+def make_drop_path(config: ViTConfig, rate: float) -> DropPath | nn.Identity:
+    """Stochastic depth of one branch."""
+    return DropPath(rate, config.drop_path_mode == "subset") if rate > 0 else nn.Identity()
 
 
 def branch_scales(

@@ -25,8 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from vitkern import kernels as ops
 from vitkern.block import AttentionPool, Block
 from vitkern.config import POOLS, WEIGHT_INITS, ViTConfig, check_arguments
+from vitkern.fused import Stream
 from vitkern.kernels.patch_embed.reference import assemble
-from vitkern.layers import make_norm, plain
+from vitkern.layers import NORMS, make_norm, plain
 from vitkern.weights import draw_weights, fit_pos_embed, resample_pos_embed
 
 
@@ -250,13 +251,44 @@ class ViT(nn.Module):
 
     def forward_features(self, images: Tensor, *, flip: Tensor | None = None) -> Tensor:
         """All tokens [B, T + N, D] after the blocks and the norm that stands before the pool."""
-        x = self.embed(images, flip)
-        if self.grad_checkpointing and self.training:
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
+        return self.norm(self._run_blocks(self.embed(images, flip)))
+
+    def _run_blocks(self, x: Tensor, class_token_only: bool = False) -> Tensor:
+        """All tokens after the blocks; of the last one only the first token, if that is enough."""
+        if not plain(self.blocks, nn.Sequential):
+            return self.blocks(x)
+        stream, last = Stream(x), len(self.blocks) - 1
+        save_memory = self.grad_checkpointing and self.training
+        block: Any
+        for i, block in enumerate(self.blocks):
+            if not plain(block, Block):
+                function: Any = block
+            elif i == last and class_token_only:
+                function = block.class_token
+            else:  # with the statistics that its product leaves for the next block's norm
+                stream = (
+                    checkpoint(block.run, stream, i < last, use_reentrant=False)
+                    if save_memory
+                    else block.run(stream, i < last)
+                )
+                continue
+            x = stream.x
+            stream = Stream(
+                checkpoint(function, x, use_reentrant=False) if save_memory else function(x)
+            )
+        return stream.x
+
+    def _class_token_problem(self) -> str | None:
+        """Why the last block has to compute more than the class token."""
+        if self.global_pool != "token" or self.attn_pool is not None:
+            return "the pool reads all tokens"
+        last = self.blocks[-1]
+        if not (plain(self.norm, *NORMS, nn.Identity) and plain(last, Block)):
+            return "norm or the last block was replaced, wrapped or hooked"
+        for name in ("forward_features", "forward_head", "pool", "embed"):
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(ViT, name):
+                return f"{name} was overridden"
+        return last.class_token_problem()
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, T + N, D] to features [B, D]; all tokens as they are with pool ""."""
@@ -295,7 +327,9 @@ class ViT(nn.Module):
         Raises:
             ValueError: images of another shape; the text says which is expected.
         """
-        return self.forward_head(self.forward_features(images, flip=flip))
+        if self._class_token_problem():
+            return self.forward_head(self.forward_features(images, flip=flip))
+        return self.forward_head(self.norm(self._run_blocks(self.embed(images, flip), True)))
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor, layers: Iterable[int] | None = None) -> Tensor:

@@ -430,8 +430,14 @@ def attention(
         raise ValueError(f"attention: dropout_p must be in [0, 1), got {dropout_p}")
     scale = head_dim**-0.5 if scale is None else scale
     extras = (q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask, cu_seqlens)
-    options, tensors = Options(*extras, eps, rms, interleaved, longest), (qkv, *extras)
-    unfit = {"triton": kernel_unfit(head_dim, sin, cos, dropout_p)}
+    options = Options(*extras, eps, rms, interleaved, longest)
+    chosen = select(impl, qkv, options, scale, dropout_p)
+    return run(chosen, qkv, options, scale, dropout_p)
+
+
+def select(impl: str, qkv: Tensor, options: Options, scale: float, dropout_p: float = 0.0) -> str:
+    """Name of the implementation for this call; of `qkv` shape, dtype and device count."""
+    unfit = {"triton": kernel_unfit(qkv.shape[-1], options.sin, options.cos, dropout_p)}
     if dropout_p:
         unfit["reference"] = "it has no dropout"
     if impl in ATTENTION.peers:  # what asking costs only such a call pays
@@ -445,14 +451,26 @@ def attention(
         return f"backend {sdpa_backend(qkv, options, scale, dropout_p)}"
 
     avoid = predicted_slower(qkv, options) if qkv.is_cuda and impl == "auto" else None
-    chosen = choose(ATTENTION, impl, *tensors, unfit=unfit, avoid=avoid, detail=detail)
-    if chosen == "triton":
-        if wants_grad(*tensors):
+    return choose(
+        ATTENTION,
+        impl,
+        qkv,
+        *options[:8],
+        unfit=unfit,
+        avoid=avoid,
+        detail=detail,
+    )
+
+
+def run(name: str, qkv: Tensor, options: Options, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """`attention` by the implementation `name`, with its gradient, of arguments known to fit."""
+    if name == "triton":
+        if wants_grad(qkv, *options[:8]):
             return _Attention.apply(qkv, *options, scale)
         return ATTENTION.call(qkv, *options, scale, False)[0]
-    if chosen in ATTENTION.peers:
-        return flash.run(chosen, qkv, options, scale, dropout_p)
-    if chosen == "sdpa":
+    if name in ATTENTION.peers:
+        return flash.run(name, qkv, options, scale, dropout_p)
+    if name == "sdpa":
         return attend(qkv, options, scale, dropout_p)
     return reference(qkv, *options, scale, False)[0]
 

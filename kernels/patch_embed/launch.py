@@ -1,34 +1,14 @@
 """Launch configs of patch_embed with their reasons, and the launchers."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .._launch import capability, cdiv, dot_precision, launch, sm_count
+from .._launch import TileConfig, capability, cdiv, dot_precision, fit, launch, sm_count
 from .._op import dtype_name
 from .._reduce import column_sum
 from .._triton import tl
 from .kernels import forward_kernel, image_grad_kernel, token_grad_kernel, weight_grad_kernel
 from .reference import covered_pixels, geometry
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tile of a product: rows, columns and depth of one step; warps; software-pipeline stages."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def fit(block: int, size: int) -> int:
-    """`block`, or a smaller power of two that covers `size` too; 16 is the least `tl.dot` takes."""
-    while block > 16 and block >= 2 * size:
-        block //= 2
-    return block
 
 
 def forward_config(

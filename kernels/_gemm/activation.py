@@ -1,0 +1,140 @@
+"""Activations by name: the definition, ATen's fused calls, and the same on a tile in registers.
+
+"gelu" is the exact, erf form that ViTs are trained with; "gelu_tanh" its approximation;
+"quick_gelu" z * sigmoid(1.702 z), as in OpenAI's CLIP; then "relu" and "silu". "" is none.
+
+Gated: the rows of a weight are [gate; value], and the layer returns act(gate) * value.
+"""
+
+# Triton has no types to give its kernels:
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._triton import jit, tl
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Activation(NamedTuple):
+    """definition: in elementary steps; fused: ATen's one call; in_place: that, over its input."""
+
+    definition: Function
+    fused: Function
+    in_place: Function
+
+
+def _gelu(z: Tensor) -> Tensor:
+    return z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+
+
+def _gelu_tanh(z: Tensor) -> Tensor:
+    return z * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def _quick_gelu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(1.702 * z)
+
+
+def _silu(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(z)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation(_gelu, F.gelu, torch.ops.aten.gelu_.default),
+    "gelu_tanh": Activation(
+        _gelu_tanh,
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda z: torch.ops.aten.gelu_.default(z, approximate="tanh"),
+    ),
+    "quick_gelu": Activation(_quick_gelu, _quick_gelu, _quick_gelu),
+    "relu": Activation(torch.relu, torch.relu, torch.relu_),
+    "silu": Activation(_silu, F.silu, lambda z: F.silu(z, inplace=True)),
+}
+
+
+def check_activation(op: str, activation: str, gated: bool, rows: int) -> None:
+    """`activation` is known, and a gated weight has an even number of `rows`.
+
+    Raises:
+        ValueError: otherwise; the text says what is expected.
+    """
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"{op}: unknown activation {activation!r}; expected one of {known}")
+    if gated and rows % 2:
+        raise ValueError(f"{op}: weight must be [2F, D] if gated, got {rows} rows")
+
+
+def definition(z: Tensor, activation: str, gated: bool) -> Tensor:
+    """act(z), or act(gate) * value of z = [gate, value], in elementary steps."""
+    return _apply(z, ACTIVATIONS[activation].definition if activation else None, gated)
+
+
+def fused(z: Tensor, activation: str, gated: bool) -> Tensor:
+    """The same by ATen's fused calls."""
+    return _apply(z, ACTIVATIONS[activation].fused if activation else None, gated)
+
+
+def overwriting(z: Tensor, activation: str, gated: bool) -> Tensor:
+    """The same, over `z` itself, which must belong to nobody else."""
+    return _apply(z, ACTIVATIONS[activation].in_place if activation else None, gated)
+
+
+def _apply(z: Tensor, act: Function | None, gated: bool) -> Tensor:
+    if act is None:
+        return z
+    if not gated:
+        return act(z)
+    gate, value = z.chunk(2, dim=-1)
+    return act(gate) * value
+
+
+@jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@jit
+def activate(z, ACT: tl.constexpr):
+    """act(z) of a float32 tile."""
+    if ACT == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACT == "gelu_tanh":  # 1 + tanh(u) is 2 sigmoid(2 u)
+        return z * _sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    elif ACT == "quick_gelu":
+        return z * _sigmoid(1.702 * z)
+    elif ACT == "relu":
+        return tl.maximum(z, 0.0)
+    elif ACT == "silu":
+        return z * _sigmoid(z)
+    else:
+        return z
+
+
+@jit
+def derive(z, ACT: tl.constexpr):
+    """(act(z), act'(z)) of a float32 tile; they share the costly part."""
+    if ACT == "gelu":
+        half = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+        return z * half, half + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    elif ACT == "gelu_tanh":
+        s = _sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        return z * s, s + z * s * (1.0 - s) * inner
+    elif ACT == "quick_gelu":
+        s = _sigmoid(1.702 * z)
+        return z * s, s * (1.0 + 1.702 * z * (1.0 - s))
+    elif ACT == "relu":
+        return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
+    elif ACT == "silu":
+        s = _sigmoid(z)
+        return z * s, s * (1.0 + z * (1.0 - s))
+    else:
+        return z, tl.zeros_like(z) + 1.0

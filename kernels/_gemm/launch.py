@@ -1,0 +1,419 @@
+"""Launch configs of the fused linear layers with their reasons, and the launchers.
+
+All configs are predictions: from registers and shared memory as compiled, not from timing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _tuned
+from .._launch import (
+    TileConfig,
+    capability,
+    cdiv,
+    dot_precision,
+    fit,
+    launch,
+    next_power_of_2,
+    sm_count,
+)
+from .backward import finish_kernel, input_grad_kernel, norm_finish_kernel, weight_grad_kernel
+from .forward import forward_kernel, statistics_kernel
+
+# Columns whose statistics stand together; every tile is a multiple as wide.
+CHUNK = 64
+
+# Row tiles that are walked down before the next column tile: 8 x 128 rows of 768 values are 1.5 MB.
+GROUP = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the choice of a tile depends on."""
+
+    dtype: torch.dtype
+    target: tuple[int, int]
+    sms: int
+    # The tile of tokens is worked on in registers before the product: cheaply, as by a norm, or by
+    # the derivative of an activation.
+    prologue: str = ""
+    pair: bool = False  # two products share it
+
+
+def work(t: Tensor, prologue: str = "", pair: bool = False) -> Work:
+    """The work on tensors like `t`, on its device."""
+    return Work(t.dtype, capability(t.device), sm_count(t.device), prologue, pair)
+
+
+def product_config(rows: int, columns: int, work: Work) -> TileConfig:
+    """Tiles of a product [rows, depth] x [depth, columns] with its prologue and epilogue.
+
+    An epilogue takes slices of 64 columns: all at once it would spill beside a tile of 128 x 128.
+    """
+    if work.dtype == torch.float32:  # FMA units or TF32; the operands are twice as wide
+        return TileConfig(64, 64, 16 if work.prologue else 32, 8, 2)
+    # Few tokens: more, smaller programs.
+    if cdiv(rows, 128) * cdiv(columns, 128) < 2 * work.sms:
+        return TileConfig(64, 64, 32 if work.prologue == "slope" else 64, 4, 3)
+    if work.pair:  # two accumulators
+        return TileConfig(128, 64, 32, 8, 3)
+    if work.target < (9, 0):
+        return TileConfig(128, 128, 32, 8, 3, parts=2)
+    # A warp group takes 64 rows. 256 columns read the tokens half as often; an activation's slope
+    # in the prologue leaves no registers for them.
+    if columns % 256 or work.prologue == "slope":
+        return TileConfig(128, 128, 64, 8, 3, parts=2)
+    return TileConfig(128, 256, 64, 8, 3, parts=4)
+
+
+def weight_grad_config(features: int, width: int, work: Work) -> TileConfig:
+    """Tiles of [features, tokens] x [tokens, width]; block_m is the step over tokens."""
+    if work.dtype == torch.float32:
+        return TileConfig(32, fit(64, features), fit(64, width), 8, 2)
+    return TileConfig(64, fit(128, features), fit(128, width), 8, 3)
+
+
+def bucket(x: Tensor, weight: Tensor, **options: bool) -> str:
+    """Products that are measured together: of the rows of `x` with a weight [N, K]."""
+    features, width = weight.shape
+    return _tuned.bucket(m=x.shape.numel() // x.shape[-1], n=features, k=width, **options)
+
+
+def predicted_slower(dtype: torch.dtype) -> str | None:
+    """Why auto leaves our products alone, though they could run. Not measured yet."""
+    if dtype == torch.float32:
+        return "float32: PyTorch's products are predicted to be faster"
+    return None
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """rows: tokens a program holds at once."""
+
+    rows: int
+    block_k: int
+    num_warps: int
+
+
+def row_config(width: int) -> RowConfig:
+    """2048 elements a program, 8 a thread: three tensors are read and one is written."""
+    block_k = next_power_of_2(width)
+    return RowConfig(max(1, 2048 // block_k), block_k, max(8, min(32, block_k // 256)))
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """`t` as [tokens, columns] with neighbouring columns, copied only if it must be."""
+    matrix = t.reshape(-1, t.shape[-1])
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """A tensor as kernels read it; parameters, and what a kernel saved, are dense already."""
+    return None if t is None else t.contiguous()
+
+
+def row_statistics(x: Tensor) -> Tensor:
+    """[2, 1, M] float32: mean and sum of squared differences of each row of `x` [M, K]."""
+    rows, width = x.shape
+    stats = torch.empty(2, 1, rows, dtype=torch.float32, device=x.device)
+    config = row_config(width)
+    launch(
+        statistics_kernel,
+        (cdiv(rows, config.rows),),
+        x,
+        stats,
+        rows,
+        width,
+        x.stride(0),
+        ROWS=config.rows,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+    )
+    return stats
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The norm before a product; stats are those of the rows, None if they are normalised."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    stats: Tensor | None
+    eps: float
+    rms: bool
+
+
+NO_NORM = Norm(None, None, None, 0.0, False)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    norm: Norm = NO_NORM,
+    x_hat: Tensor | None = None,
+    spread: Tensor | None = None,
+    activation: str = "",
+    gated: bool = False,
+    pre: Tensor | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    out_stats: Tensor | None = None,
+) -> None:
+    """Fill `out` and the other results that are given; see `forward_kernel`."""
+    a = as_matrix(x)
+    rows, width = a.shape
+    features = out.shape[-1]
+    stream = None if residual is None else as_matrix(residual)
+    tokens = 1 if drop_scale is None else rows // max(1, drop_scale.shape[0])
+    chunks = 1 if norm.stats is None else norm.stats.shape[1]
+    normed = norm.stats is not None or norm.weight is not None
+    config = product_config(rows, features, work(weight, "norm" if normed else "", gated))
+    launch(
+        forward_kernel,
+        (cdiv(rows, config.block_m) * cdiv(features, config.block_n),),
+        a,
+        weight.contiguous(),
+        dense(bias),
+        dense(norm.stats),
+        dense(norm.weight),
+        dense(norm.bias),
+        x_hat,
+        spread,
+        pre,
+        stream,
+        dense(layer_scale),
+        dense(drop_scale),
+        out,
+        out_stats,
+        rows,
+        features,
+        width,
+        max(1, tokens),
+        a.stride(0),
+        0 if stream is None else stream.stride(0),
+        norm.eps,
+        EVEN_K=width % config.block_k == 0,
+        ACT=activation,
+        GATED=gated,
+        RMS=norm.rms,
+        CHUNK=CHUNK if chunks > 1 else next_power_of_2(width),
+        BLOCK_C=next_power_of_2(chunks),
+        PRECISION=dot_precision(weight.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=GROUP,
+        PARTS=config.parts,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def input_grad(
+    dy: Tensor,
+    weight: Tensor,
+    dx: Tensor | None,
+    *,
+    z: Tensor | None = None,
+    activation: str = "",
+    gated: bool = False,
+    layer_scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    pre: Tensor | None = None,
+    need_operands: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Fill `dx`; (gradient of z before layer_scale, the layer's input made again from `pre`).
+
+    Those two are what the weight's gradient is made of; `z` or `pre` is that of `activation`.
+    """
+    g = as_matrix(dy)
+    rows, (features, width) = g.shape[0], weight.shape
+    as_it_is = z is None and drop_scale is None and g.dtype == weight.dtype
+    dz = hidden = None
+    if need_operands and not as_it_is:
+        dz = weight.new_empty(rows, features)
+    if need_operands and pre is not None:
+        hidden = weight.new_empty(rows, width)
+    if dx is None:  # the operands alone are wanted: the kernel writes them all the same
+        dx = weight.new_empty(rows, width)
+    tokens = 1 if drop_scale is None else rows // max(1, drop_scale.shape[0])
+    prologue = "slope" if z is not None else "scale" if layer_scale is not None else ""
+    config = product_config(
+        rows, width, work(weight, prologue if as_it_is else prologue or "scale")
+    )
+    launch(
+        input_grad_kernel,
+        (cdiv(rows, config.block_m) * cdiv(width, config.block_n),),
+        g,
+        weight.contiguous(),
+        dense(drop_scale),
+        dense(layer_scale),
+        dense(z),
+        dz,
+        dense(pre),
+        hidden,
+        dx,
+        rows,
+        features,
+        width,
+        max(1, tokens),
+        g.stride(0),
+        EVEN_N=features % config.block_k == 0,
+        ACT=activation,
+        GATED=gated,
+        PRECISION=dot_precision(weight.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_k,
+        BLOCK_K=config.block_n,
+        GROUP=GROUP,
+        PARTS=config.parts,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return g if dz is None else dz, hidden
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Sums over the tokens of each split: weight [SPLITS, N, K], bias [SPLITS, N], float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def splits(self) -> int:
+        """How many parts the tokens were split into."""
+        return self.weight.shape[0]
+
+
+def weight_grad(dz: Tensor, a: Tensor) -> Partial:
+    """Partial sums of dz^T a and of dz, for dz [M, N] and a [M, K] of one dtype."""
+    dz, a = as_matrix(dz), as_matrix(a)
+    rows, features, width = dz.shape[0], dz.shape[1], a.shape[1]
+    config = weight_grad_config(features, width, work(a))
+    tiles = cdiv(features, config.block_n) * cdiv(width, config.block_k)
+    # The output is small and the tokens are many: split them, for one wave of two programs a
+    # multiprocessor, each with at least four steps to do.
+    splits = max(1, min(2 * sm_count(a.device) // tiles, rows // (4 * config.block_m)))
+    steps = cdiv(cdiv(rows, splits), config.block_m)
+    splits = cdiv(rows, steps * config.block_m) if rows else 0
+    partial = Partial(
+        torch.empty(splits, features, width, dtype=torch.float32, device=a.device),
+        torch.empty(splits, features, dtype=torch.float32, device=a.device),
+    )
+    launch(
+        weight_grad_kernel,
+        (splits * tiles,),
+        dz,
+        a,
+        partial.weight,
+        partial.bias,
+        rows,
+        features,
+        width,
+        dz.stride(0),
+        a.stride(0),
+        steps,
+        PRECISION=dot_precision(a.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return partial
+
+
+def finish(
+    partial: Partial,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dW, db, gradient of layer_scale or None), the first two in `dtype`."""
+    features, width = weight.shape
+    d_weight = torch.empty(features, width, dtype=dtype, device=weight.device)
+    d_bias = torch.empty(features, dtype=dtype, device=weight.device)
+    d_layer_scale = None if layer_scale is None else torch.empty_like(layer_scale)
+    launch(
+        finish_kernel,
+        (features,),
+        partial.weight,
+        partial.bias,
+        weight.contiguous(),
+        dense(bias),
+        dense(layer_scale),
+        d_weight,
+        d_bias,
+        d_layer_scale,
+        features,
+        width,
+        partial.splits,
+        BLOCK_K=min(1024, next_power_of_2(width)),
+        num_warps=4,
+    )
+    return d_weight, d_bias, d_layer_scale
+
+
+def norm_finish(
+    partial: Partial | None,
+    weight: Tensor,
+    norm: Norm,
+    x_hat: Tensor,
+    spread: Tensor,
+    d_a: Tensor | None,
+    d_stream: Tensor | None,
+    dx: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill `dx`; (dW, db, gradients of the norm's weight and bias [2, K]), empty without `partial`.
+
+    The gradient of the norm is [0, K] where it has no weight.
+    """
+    features, width = weight.shape
+    rows = x_hat.numel() // width
+    config, block_c = row_config(width), 16
+    columns = 0 if partial is None else cdiv(width, block_c)
+    shapes = ((features, width), (features,)) if partial is not None else ((0,), (0,))
+    d_weight, d_bias = (torch.empty(s, dtype=dtype, device=weight.device) for s in shapes)
+    d_norm = weight.new_empty(0, width) if norm.weight is None else norm.weight.new_empty(2, width)
+    if partial is None:
+        d_norm = d_norm[:0]
+    stream = None if d_stream is None or dx is None else as_matrix(d_stream)
+    launch(
+        norm_finish_kernel,
+        (columns + (0 if dx is None else cdiv(rows, config.rows)),),
+        d_a,
+        stream,
+        x_hat.contiguous(),
+        spread.contiguous(),
+        dense(norm.weight),
+        dense(norm.bias),
+        dx,
+        None if partial is None else partial.weight,
+        None if partial is None else partial.bias,
+        weight.contiguous(),
+        d_weight,
+        d_bias,
+        d_norm if d_norm.shape[0] else None,
+        rows,
+        features,
+        width,
+        0 if stream is None else stream.stride(0),
+        0 if partial is None else partial.splits,
+        columns,
+        RMS=norm.rms,
+        BLOCK_R=64,
+        BLOCK_C=block_c,
+        ROWS=config.rows,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+    )
+    return d_weight, d_bias, d_norm

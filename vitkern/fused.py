@@ -1,0 +1,404 @@
+"""The two halves of a transformer block, each one autograd node on the kernels of a few ops.
+
+    attention half: x + ls(dp(proj(attention(qkv(norm(x))))))
+    MLP half:       x + ls(dp(fc2(act(fc1(norm(x))))))
+
+What a node keeps, in 16-bit products, as bytes a token and unit of width D, with an MLP of 4 D:
+
+    save          attention half          MLP half       made again in backward
+    "balanced"    x_hat 2, qkv 6, out 2   x_hat 2, z 8   activations
+    "minimal"     x_hat 2, qkv 6          x_hat 2        attention, fc1, activations
+
+and some float32 a token. x_hat, the normalised input, serves the norm's gradient and the product's,
+so the stream itself, perhaps float32, is not kept; z serves the activation's gradient and fc2's.
+
+Statistics of the stream's rows, which a norm needs, are left behind by the product that wrote them.
+Backward, the gradient of the stream joins that of the norm in the kernel which makes the latter.
+
+Where a kernel is not taken (a CPU, float32, a table's measurement) the ops are called one by one,
+and PyTorch's autograd keeps what it likes, unless `save` was asked for.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitkern.kernels._op import Op, cast, wants_grad
+from vitkern.kernels.attention import ATTENTION, ATTENTION_BACKWARD, needs_stats
+from vitkern.kernels.attention import run as run_attention
+from vitkern.kernels.attention import select as select_attention
+from vitkern.kernels.attention.reference import Options
+from vitkern.kernels.linear_residual import LINEAR_RESIDUAL, LINEAR_RESIDUAL_BACKWARD
+from vitkern.kernels.linear_residual import run as run_linear_residual
+from vitkern.kernels.linear_residual import select as select_linear_residual
+from vitkern.kernels.norm_linear import NORM_LINEAR, NORM_LINEAR_BACKWARD
+from vitkern.kernels.norm_linear import run as run_norm_linear
+from vitkern.kernels.norm_linear import select as select_norm_linear
+
+
+class Stream(NamedTuple):
+    """The residual stream [B, N, D] and, perhaps, the statistics of its rows [2, C, B * N]."""
+
+    x: Tensor
+    stats: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """A norm as the ops take it."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    rms: bool
+
+
+class Linear(NamedTuple):
+    """A linear layer as the ops take it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Joint(NamedTuple):
+    """How a branch joins the stream: LayerScale [D] and DropPath factors [B], or None."""
+
+    layer_scale: Tensor | None
+    drop_scale: Tensor | None
+
+
+class How(NamedTuple):
+    """What doesn't change from call to call.
+
+    dtype: of the products. save: what backward finds, or "" for what is fastest. need_stats:
+    whether a norm will read the statistics of the result. impl: what was asked for, by op.
+    """
+
+    dtype: torch.dtype
+    save: str
+    need_stats: bool
+    impl: dict[str, str]
+
+
+class _Plan(NamedTuple):
+    """A half's options and implementations, for its node."""
+
+    dtype: torch.dtype
+    eps: float
+    rms: bool
+    minimal: bool
+    need_stats: bool
+    norm_linear: str
+    linear_residual: str
+    attention: str = ""
+    scale: float = 0.0
+    qk_eps: float = 0.0
+    qk_rms: bool = False
+    heads: int = 0
+    activation: str = ""
+    gated: bool = False
+
+
+def _by(op: Op, name: str) -> Callable[..., Any]:
+    """The implementation `name` of an op or of its backward, without autograd."""
+    if name == "triton":
+        return op.call
+    return op.portable if name == op.portable_name else op.reference
+
+
+def attention_half(
+    stream: Stream,
+    norm: Norm,
+    qkv: Linear,
+    heads: int,
+    qk_norm: Norm | None,
+    k_norm: Norm | None,
+    proj: Linear,
+    joint: Joint,
+    how: How,
+) -> Stream:
+    """The stream after attention. `qk_norm` is that of the queries, `k_norm` that of the keys."""
+    x, stats = stream
+    batch, tokens, _ = x.shape
+    head_dim = qkv.weight.shape[0] // (3 * heads)
+    scale = head_dim**-0.5
+    options = Options()
+    if qk_norm is not None and k_norm is not None:
+        options = Options(
+            qk_norm.weight, qk_norm.bias, k_norm.weight, k_norm.bias,
+            eps=qk_norm.eps, rms=qk_norm.rms,
+        )  # fmt: skip
+    tensors = (x, norm.weight, norm.bias, *qkv, *options[:4], *proj, *joint)
+    first = select_norm_linear(
+        how.impl["norm_linear"], x, norm.weight, norm.bias, *qkv, how.dtype, "", False
+    )
+    last = select_linear_residual(how.impl["linear_residual"], *proj, x, *joint, how.dtype)
+    grad = wants_grad(*tensors)
+    middle = ""
+    if (first == last == "triton") or (how.save and grad):
+        # A stand-in: qkv does not exist yet, and its shape decides.
+        like = x.new_empty(1, dtype=how.dtype).expand(batch, tokens, 3, heads, head_dim)
+        middle = select_attention(how.impl["attention"], like, options, scale)
+        if middle in ("triton", "sdpa", "reference") and (middle == first or how.save):
+            plan = _Plan(
+                how.dtype, norm.eps, norm.rms, how.save == "minimal", how.need_stats, first, last,
+                middle, scale, options.eps, options.rms, heads,
+            )  # fmt: skip
+            parts = (stats, norm.weight, norm.bias, *qkv, *options[:4], *proj, *joint)
+            if grad:
+                return Stream(*_AttentionHalf.apply(x, *parts, plan))
+            y, *_, stats = _attention_forward(x, *parts, plan, False)
+            return Stream(y, stats)
+    packed = run_norm_linear(
+        first, x, norm.weight, norm.bias, *qkv, norm.eps, norm.rms, "", False, how.dtype
+    ).view(batch, tokens, 3, heads, head_dim)
+    if not middle:
+        middle = select_attention(how.impl["attention"], packed, options, scale)
+    out = run_attention(middle, packed, options, scale)
+    return Stream(run_linear_residual(last, out, *proj, x, *joint, how.dtype))
+
+
+def mlp_half(
+    stream: Stream,
+    norm: Norm,
+    fc1: Linear,
+    activation: str,
+    gated: bool,
+    fc2: Linear,
+    joint: Joint,
+    how: How,
+) -> Stream:
+    """The stream after the MLP."""
+    x, stats = stream
+    tensors = (x, norm.weight, norm.bias, *fc1, *fc2, *joint)
+    first = select_norm_linear(
+        how.impl["norm_linear"], x, norm.weight, norm.bias, *fc1, how.dtype, activation, gated
+    )
+    last = select_linear_residual(how.impl["linear_residual"], *fc2, x, *joint, how.dtype)
+    grad = wants_grad(*tensors)
+    if (first == last == "triton") or (how.save and grad):
+        plan = _Plan(
+            how.dtype, norm.eps, norm.rms, how.save == "minimal", how.need_stats, first, last,
+            activation=activation, gated=gated,
+        )  # fmt: skip
+        parts = (stats, norm.weight, norm.bias, *fc1, *fc2, *joint)
+        if grad:
+            return Stream(*_MlpHalf.apply(x, *parts, plan))
+        y, *_, stats = _mlp_forward(x, *parts, plan, False)
+        return Stream(y, stats)
+    hidden = run_norm_linear(
+        first, x, norm.weight, norm.bias, *fc1, norm.eps, norm.rms, activation, gated, how.dtype
+    )
+    return Stream(run_linear_residual(last, hidden, *fc2, x, *joint, how.dtype))
+
+
+def _options(weights: Sequence[Tensor | None], plan: _Plan) -> Options:
+    q_weight, q_bias, k_weight, k_bias = weights
+    return Options(q_weight, q_bias, k_weight, k_bias, eps=plan.qk_eps, rms=plan.qk_rms)
+
+
+def _attend(
+    qkv: Tensor, weights: Sequence[Tensor | None], plan: _Plan, saving: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out, statistics that its backward needs, or None)."""
+    options = _options(weights, plan)
+    need = saving and plan.attention == "triton" and needs_stats(qkv, options)
+    out, stats = _by(ATTENTION, plan.attention)(qkv, *options, plan.scale, need)
+    return out, stats if need else None
+
+
+def _attention_forward(
+    x: Tensor,
+    stats: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    plan: _Plan,
+    saving: bool,
+) -> tuple[Any, ...]:
+    """(y, x_hat, spread, qkv, out, its statistics, statistics of y); weights are in the dtype."""
+    qkv16, bias16, proj16, proj_bias16 = cast(
+        plan.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias
+    )
+    flat, _, x_hat, spread = _by(NORM_LINEAR, plan.norm_linear)(
+        x, norm_weight, norm_bias, qkv16, bias16, stats,
+        plan.eps, plan.rms, False, "", False, saving,
+    )  # fmt: skip
+    qkv = flat.view(*x.shape[:2], 3, plan.heads, -1)
+    out, out_stats = _attend(qkv, (q_weight, q_bias, k_weight, k_bias), plan, saving)
+    y, y_stats = _by(LINEAR_RESIDUAL, plan.linear_residual)(
+        out, proj16, proj_bias16, x, layer_scale, drop_scale, plan.need_stats
+    )
+    return y, x_hat, spread, qkv, out, out_stats, y_stats if plan.need_stats else None
+
+
+class _AttentionHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, stats, norm_weight, norm_bias, qkv_weight, qkv_bias, q_weight, q_bias, k_weight,
+        k_bias, proj_weight, proj_bias, layer_scale, drop_scale, plan,
+    ):  # fmt: skip
+        qkv16, proj16, bias16 = cast(plan.dtype, qkv_weight, proj_weight, proj_bias)
+        norms = (q_weight, q_bias, k_weight, k_bias)
+        y, x_hat, spread, qkv, out, out_stats, y_stats = _attention_forward(
+            x, stats, norm_weight, norm_bias, qkv16, qkv_bias, *norms, proj16, bias16,
+            layer_scale, drop_scale, plan, True,
+        )  # fmt: skip
+        if plan.minimal:
+            out = out_stats = None
+        ctx.save_for_backward(
+            x_hat, spread, qkv, out, out_stats, norm_weight, norm_bias, qkv16, *norms, proj16,
+            None if layer_scale is None else bias16, layer_scale, drop_scale,
+        )  # fmt: skip
+        ctx.plan, ctx.set_up = plan, (x.dtype, qkv_weight.dtype, proj_weight.dtype)
+        ctx.set_materialize_grads(False)
+        if y_stats is not None:
+            ctx.mark_non_differentiable(y_stats)
+        return y, y_stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+        (
+            x_hat, spread, qkv, out, out_stats, norm_weight, norm_bias, qkv_weight,
+            q_weight, q_bias, k_weight, k_bias, proj_weight, proj_bias, layer_scale, drop_scale,
+        ) = ctx.saved_tensors  # fmt: skip
+        plan, (x_dtype, qkv_dtype, proj_dtype) = ctx.plan, ctx.set_up
+        needs, norms = ctx.needs_input_grad, (q_weight, q_bias, k_weight, k_bias)
+        if dy is None:
+            return (None,) * 15
+        if out is None:
+            out, out_stats = _attend(qkv, norms, plan, True)
+        inner = needs[0] or any(needs[2:10])
+        d_out, d_proj, d_proj_bias, d_scale = _by(LINEAR_RESIDUAL_BACKWARD, plan.linear_residual)(
+            dy, out, None, proj_weight, proj_bias, layer_scale, drop_scale, "", False, proj_dtype,
+            inner, any(needs[10:13]),
+        )  # fmt: skip
+        dx = d_norm = d_qkv = d_qkv_bias = None
+        d_norms = [None] * 4
+        if inner:
+            options = _options(norms, plan)
+            kept = (out, out_stats) if out_stats is not None else (None, None)
+            dqkv, params = _by(ATTENTION_BACKWARD, plan.attention)(
+                d_out, qkv, *kept, *options, plan.scale
+            )
+            d_norms = [params[i].to(norms[i].dtype) if needs[6 + i] else None for i in range(4)]
+            dx, d_norm, d_qkv, d_qkv_bias = _by(NORM_LINEAR_BACKWARD, plan.norm_linear)(
+                dqkv.flatten(2), None, x_hat, spread, norm_weight, norm_bias, qkv_weight, dy,
+                "", False, plan.rms, x_dtype, qkv_dtype, needs[0], any(needs[2:6]),
+            )  # fmt: skip
+        return (
+            dx if needs[0] else None,
+            None,
+            d_norm[0] if needs[2] else None,
+            d_norm[1].to(norm_bias.dtype) if needs[3] else None,
+            d_qkv if needs[4] else None,
+            d_qkv_bias if needs[5] else None,
+            *d_norms,
+            d_proj if needs[10] else None,
+            d_proj_bias if needs[11] else None,
+            d_scale if needs[12] else None,
+            None,
+            None,
+        )
+
+
+def _mlp_forward(
+    x: Tensor,
+    stats: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    plan: _Plan,
+    saving: bool,
+) -> tuple[Any, ...]:
+    """(y, x_hat, spread, z, statistics of y); the weights are in the dtype of the products."""
+    fc1, bias1, fc2, bias2 = cast(plan.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    hidden, z, x_hat, spread = _by(NORM_LINEAR, plan.norm_linear)(
+        x, norm_weight, norm_bias, fc1, bias1, stats,
+        plan.eps, plan.rms, False, plan.activation, plan.gated, saving,
+    )  # fmt: skip
+    y, y_stats = _by(LINEAR_RESIDUAL, plan.linear_residual)(
+        hidden, fc2, bias2, x, layer_scale, drop_scale, plan.need_stats
+    )
+    return y, x_hat, spread, z, y_stats if plan.need_stats else None
+
+
+class _MlpHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, stats, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+        layer_scale, drop_scale, plan,
+    ):  # fmt: skip
+        fc1, bias1, fc2, bias2 = cast(plan.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        y, x_hat, spread, z, y_stats = _mlp_forward(
+            x, stats, norm_weight, norm_bias, fc1, bias1, fc2, bias2, layer_scale, drop_scale,
+            plan, True,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x_hat, spread, None if plan.minimal else z, norm_weight, norm_bias, fc1,
+            bias1 if plan.minimal else None, fc2, None if layer_scale is None else bias2,
+            layer_scale, drop_scale,
+        )  # fmt: skip
+        ctx.plan, ctx.set_up = plan, (x.dtype, fc1_weight.dtype, fc2_weight.dtype)
+        ctx.set_materialize_grads(False)
+        if y_stats is not None:
+            ctx.mark_non_differentiable(y_stats)
+        return y, y_stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+        (
+            x_hat, spread, z, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+            layer_scale, drop_scale,
+        ) = ctx.saved_tensors  # fmt: skip
+        plan, (x_dtype, fc1_dtype, fc2_dtype) = ctx.plan, ctx.set_up
+        needs = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * 11
+        if z is None:  # fc1 again, from rows that are normalised already
+            z, *_ = _by(NORM_LINEAR, plan.norm_linear)(
+                x_hat, norm_weight, norm_bias, fc1_weight, fc1_bias, None,
+                plan.eps, plan.rms, True, "", False, False,
+            )  # fmt: skip
+        inner = needs[0] or any(needs[2:6])
+        dz, d_fc2, d_fc2_bias, d_scale = _by(LINEAR_RESIDUAL_BACKWARD, plan.linear_residual)(
+            dy, None, z, fc2_weight, fc2_bias, layer_scale, drop_scale, plan.activation,
+            plan.gated, fc2_dtype, inner, any(needs[6:9]),
+        )  # fmt: skip
+        dx = d_norm = d_fc1 = d_fc1_bias = None
+        if inner:
+            dx, d_norm, d_fc1, d_fc1_bias = _by(NORM_LINEAR_BACKWARD, plan.norm_linear)(
+                dz, None, x_hat, spread, norm_weight, norm_bias, fc1_weight, dy,
+                "", False, plan.rms, x_dtype, fc1_dtype, needs[0], any(needs[2:6]),
+            )  # fmt: skip
+        return (
+            dx if needs[0] else None,
+            None,
+            d_norm[0] if needs[2] else None,
+            d_norm[1].to(norm_bias.dtype) if needs[3] else None,
+            d_fc1 if needs[4] else None,
+            d_fc1_bias if needs[5] else None,
+            d_fc2 if needs[6] else None,
+            d_fc2_bias if needs[7] else None,
+            d_scale if needs[8] else None,
+            None,
+            None,
+        )
