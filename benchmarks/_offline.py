@@ -272,6 +272,7 @@ def compile_job(job: Job) -> Row:
             options=_backend(job.arch).parse_options(_options(job.launch)).__dict__,
         )
         dots = find_dots(compiled.asm["ttir"])
+        descriptors = "tt.descriptor_load" in compiled.asm["ttir"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
@@ -280,7 +281,7 @@ def compile_job(job: Job) -> Row:
             # Without a stack there is no local memory, without a product no tensor core: the
             # disassembler, half of the time that all this takes, has nothing to tell then.
             counts = Counter[str]()
-            if numbers["STACK"] or numbers["LOCAL"] or dots:
+            if numbers["STACK"] or numbers["LOCAL"] or dots or descriptors:
                 counts = _disassembly(cubin.name)
     except Exception as error:
         return {**row, "error": f"{type(error).__name__}: {str(error).strip()[-500:]}"}
@@ -301,6 +302,8 @@ def compile_job(job: Job) -> Row:
         "occupancy_percent": 100 * resident * warps // processor.warps,
         "tensor_core": {k: v for k, v in sorted(counts.items()) if k in ("HMMA", "HGMMA")},
         "dots": [dict(d) for d in {tuple(d.items()): None for d in dots}],
+        # Of kernels that load by tensor descriptors: the instructions that do.
+        **({"tma_loads": counts["UTMALDG"]} if descriptors else {}),
     }
 
 
@@ -309,7 +312,8 @@ def judge(row: Row) -> list[str]:
 
     A matrix product must run on tensor cores, unless its operands are float32 in IEEE precision,
     which those can't do. From sm_90 on, a tile of 64 rows or more and a whole warp group must use
-    the warp-group instruction (HGMMA); a smaller tile legitimately runs on HMMA.
+    the warp-group instruction (HGMMA); a smaller tile legitimately runs on HMMA. Loads by tensor
+    descriptors must use the instruction made for them.
     """
     if "error" in row:
         return [f"does not compile: {row['error']}"]
@@ -330,6 +334,8 @@ def judge(row: Row) -> list[str]:
         big = [d for d in products if d["m"] >= 64]
         if big:
             problems.append(f"tile of {big[0]['m']} rows without HGMMA: {row['tensor_core']}")
+    if row.get("tma_loads") == 0:
+        problems.append("loads by tensor descriptors without UTMALDG")
     return problems
 
 

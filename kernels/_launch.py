@@ -7,18 +7,23 @@ arguments a second time.
 """
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ._triton import INTERPRET
+from ._triton import INTERPRET, triton
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: ``kernel[grid](*args, **constexprs)`` with its compile options."""
+    """One kernel launch: ``kernel[grid](*args, **constexprs)`` with its compile options.
+
+    scratch: the kernel makes tensor descriptors, which lie in memory that Triton asks us for.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -26,10 +31,20 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    scratch: bool = False
 
     def run(self, kernel: Any = None) -> None:
         """Run it, through `kernel` (a wrapped copy of the same kernel) where one is given."""
-        (self.kernel if kernel is None else kernel)[self.grid](
+        kernel = self.kernel if kernel is None else kernel
+        if self.scratch:
+            # Triton keeps its allocator in a context variable, which autograd's threads don't have;
+            # in a context of our own we don't take away one that the caller has set, either.
+            contextvars.copy_context().run(self._call_with_scratch, kernel)
+        else:
+            self._call(kernel)
+
+    def _call(self, kernel: Any) -> None:
+        kernel[self.grid](
             *self.args,
             **self.constexprs,
             num_warps=self.num_warps,
@@ -37,6 +52,19 @@ class Launch:
             # Triton 3.10 turns the contraction of a * b + c off by default.
             enable_fp_fusion=True,
         )
+
+    def _call_with_scratch(self, kernel: Any) -> None:
+        triton.set_allocator(_scratch)
+        self._call(kernel)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for one launch, on the current device and stream, which are those of the launch.
+
+    PyTorch aligns to 512 bytes, and reuses memory in a stream's order only, so that it may be given
+    back before the kernel has run.
+    """
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 # Plain globals and not context variables: autograd calls backward launchers from its own threads.
@@ -72,16 +100,17 @@ def launch(
     *args: Any,
     num_warps: int = 4,
     num_stages: int = 2,
+    scratch: Any = False,  # a bool; as such mypy would hold callers' **constexprs against it
     **constexprs: Any,
 ) -> None:
     """Launch `kernel` on the device of its first tensor argument; an empty grid does nothing."""
     if 0 in grid:
         return
-    this = Launch(kernel, grid, args, constexprs, num_warps, num_stages)
+    this = Launch(kernel, grid, args, constexprs, num_warps, num_stages, scratch)
     if _interceptor is not None:
         _interceptor(this)
         return
-    device = next(a for a in args if isinstance(a, torch.Tensor)).device
+    device = next(a for a in args if isinstance(a, Tensor)).device
     if INTERPRET or device.index == torch.cuda.current_device():
         this.run()
     else:  # Triton launches on the current device, whatever the tensors are on.
