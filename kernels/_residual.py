@@ -1,5 +1,6 @@
 """What `add_layer_norm` and `residual_add` share: the addition of a branch to the stream."""
 
+import torch
 from torch import Tensor
 
 from ._op import check_floating, check_shape
@@ -23,9 +24,23 @@ def check_residual(
 
 
 def add_branch(
-    residual: Tensor, branch: Tensor, layer_scale: Tensor | None, drop_scale: Tensor | None
+    residual: Tensor,
+    branch: Tensor,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    ours: bool = False,
 ) -> Tensor:
-    """residual + branch * layer_scale * drop_scale, in ATen calls and the residual's dtype."""
+    """residual + branch * layer_scale * drop_scale, in ATen calls and the residual's dtype.
+
+    ours: nobody else has the branch, so it may be written over, which on a CPU saves fresh memory.
+    """
+    one_dtype = branch.dtype == residual.dtype
+    if ours and one_dtype and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if layer_scale is not None:
+            branch.mul_(layer_scale)
+        if drop_scale is not None:
+            branch.mul_(drop_scale[:, None, None])
+        return branch.add_(residual)
     if layer_scale is not None:
         branch = branch * layer_scale
     if drop_scale is not None:

@@ -6,7 +6,8 @@ Where triton is absent (macOS, Windows, a bare CPU build) every op file still im
 
 import os
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 try:
     import triton
@@ -33,4 +34,34 @@ def jit(kernel: Callable[..., Any]) -> Any:
     return kernel if triton is None else triton.jit(kernel)
 
 
-__all__ = ["INTERPRET", "TRITON_MISSING", "jit", "tl", "triton"]
+class Gluon(NamedTuple):
+    """The parts of ``triton.experimental.gluon``; `missing` says why there are only stand-ins."""
+
+    missing: str | None
+    jit: Callable[..., Any]
+    language: Any
+    hopper: Any = None
+    TensorDescriptor: Any = None
+
+
+@cache
+def gluon() -> Gluon:
+    """Gluon, imported when first asked for: only a GPU of one generation has a use for it."""
+    absent = Gluon(TRITON_MISSING, lambda kernel=None, **_: kernel or (lambda it: it), tl)
+    if triton is None:
+        return absent
+    # Before that release it lacked warp groups' products, or took warp_specialize's arguments in
+    # another order; it is experimental, so that a later one may have moved it.
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return absent._replace(missing=f"needs triton 3.6 or newer, this is {triton.__version__}")
+    try:
+        from triton.experimental import gluon as compiler
+        from triton.experimental.gluon import language
+        from triton.experimental.gluon.language.nvidia import hopper
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    except ImportError as error:
+        return absent._replace(missing=f"triton's gluon can't be imported ({error})")
+    return Gluon(None, compiler.jit, language, hopper, TensorDescriptor)
+
+
+__all__ = ["INTERPRET", "TRITON_MISSING", "gluon", "jit", "tl", "triton"]

@@ -10,7 +10,7 @@ Bytes: x + W + y (+ z, where a gradient is wanted) forward. A product and an act
 Sources: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; Shazeer, "GLU Variants", 2020.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._gemm import cublas
 from ._gemm import launch as gemm
-from ._gemm.activation import ACTIVATIONS, check_activation, definition, fused, overwriting
+from ._gemm.activation import ACTIVATIONS, check_activation, definition
+from ._gemm.portable import linear_act as by_aten
 from ._gemm.portable import through_activation, weight_grad
 from ._op import (
+    KERNELS,
     Arg,
     Sample,
     accumulate_dtype,
@@ -61,11 +64,7 @@ def portable(
     need_pre: bool,
 ) -> tuple[Tensor, Tensor]:
     """ATen's product and activation."""
-    z = F.linear(x, weight, bias)
-    # The product is ours alone. Where nobody needs it, writing over it saves touching as much fresh
-    # memory, which on a CPU costs as much as the GELU; a compiler does that by itself.
-    keep = need_pre or z.requires_grad or torch.compiler.is_compiling()
-    y = (fused if keep else overwriting)(z, activation, gated)
+    y, z = by_aten(x, weight, bias, activation, gated, need_pre)
     return y, z if need_pre else weight.new_empty(0)
 
 
@@ -152,11 +151,12 @@ LINEAR_ACT = define(
     flops=flops,
     bytes_moved=bytes_moved,
     to_public=to_public,
+    peers={"cublas": cublas.linear_act},
 )
 
 
 def _backward(
-    product: torch.dtype,
+    exact: bool,
     dy: Tensor,
     z: Tensor,
     x: Tensor,
@@ -168,7 +168,8 @@ def _backward(
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulate_dtype(dy, x, weight)
-    _, dz = through_activation(dy.to(acc), z, activation, gated, exact=product == acc)
+    product = acc if exact else weight.dtype
+    _, dz = through_activation(dy.to(acc), z, activation, gated, exact=exact)
     dx = weight.new_empty(0, dtype=x.dtype)
     if need_x:
         dx = (dz.to(product) @ weight.to(product)).to(x.dtype).contiguous()
@@ -190,9 +191,8 @@ def backward_reference(
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [..., D], dW [F, D], db [F]); the last two are empty unless `need_params`."""
-    acc = accumulate_dtype(dy, x, weight)
     options = (activation, gated, param_dtype, need_x, need_params)
-    return _backward(acc, dy, z, x, weight, *options)
+    return _backward(True, dy, z, x, weight, *options)
 
 
 def backward_portable(
@@ -208,7 +208,7 @@ def backward_portable(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ATen's products in the dtype of the weight, all else in float32."""
     options = (activation, gated, param_dtype, need_x, need_params)
-    return _backward(weight.dtype, dy, z, x, weight, *options)
+    return _backward(False, dy, z, x, weight, *options)
 
 
 def backward_launch(
@@ -293,31 +293,34 @@ LINEAR_ACT_BACKWARD = define(
     flops=backward_flops,
     bytes_moved=backward_bytes_moved,
     backward_of="linear_act",
+    peers={"cublas": cublas.linear_act_backward},
 )
 
 
 class _LinearAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, gated, dtype):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, activation, gated, dtype, impl
+    ):
         rows, product, shift = cast(dtype, x, weight, bias)
-        y, z = LINEAR_ACT.call(rows, product, shift, activation, gated, True)
+        y, z = LINEAR_ACT.kernel(impl)(rows, product, shift, activation, gated, True)
         ctx.save_for_backward(z, rows, product)
         ctx.options = activation, gated, weight.dtype
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, ctx.impl = x.dtype, impl
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        dx, d_weight, d_bias = LINEAR_ACT_BACKWARD.call(
+        dx, d_weight, d_bias = LINEAR_ACT_BACKWARD.kernel(ctx.impl)(
             dy, *ctx.saved_tensors, *ctx.options, need_x, need_weight or need_bias
         )
         return (
             dx.to(ctx.x_dtype) if need_x else None,
             d_weight if need_weight else None,
             d_bias if need_bias else None,
-            *(None,) * 3,
+            *(None,) * 4,
         )
 
 
@@ -340,7 +343,7 @@ def linear_act(
         bias: [F] or [2F], or None.
         activation: "gelu", "gelu_tanh", "quick_gelu", "relu" or "silu".
         gated: multiply the activated gate by the value.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "cublas", "torch" or "reference".
 
     Returns:
         [..., F] in the dtype of the product.
@@ -363,7 +366,7 @@ def linear_act(
         bucket=lambda: gemm.bucket(x, weight, gated=gated),
         dtype=dtype,
     )
-    if chosen == "triton" and wants_grad(*tensors):
-        return _LinearAct.apply(*tensors, activation, gated, dtype)
-    run: Callable[..., Any] = {"triton": LINEAR_ACT.call, "torch": portable}.get(chosen, reference)
+    if chosen in KERNELS and wants_grad(*tensors):
+        return _LinearAct.apply(*tensors, activation, gated, dtype, chosen)
+    run = LINEAR_ACT.implementations[chosen]
     return run(*cast(dtype, *tensors), activation, gated, False)[0]

@@ -19,7 +19,7 @@ Sources: LayerScale: Touvron et al., 2021; stochastic depth: Huang et al., 2016.
 of a scale follows from that of the weight it could be folded into is elementary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,10 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _onednn
+from ._gemm import cublas
 from ._gemm import launch as gemm
 from ._gemm.activation import definition, fused
-from ._gemm.portable import chunk_statistics, through_activation, weight_grad
+from ._gemm.portable import chunk_statistics, linear, through_activation, weight_grad
 from ._op import (
+    KERNELS,
     Arg,
     Sample,
     accumulate_dtype,
@@ -78,8 +81,12 @@ def portable(
     need_stats: bool,
 ) -> tuple[Tensor, Tensor]:
     """ATen's product, products and sum."""
-    branch = F.linear(x, weight, bias)
-    stream = add_branch(residual, branch, layer_scale, drop_scale).contiguous()
+    stream: Tensor | None = None
+    if x.is_cpu and layer_scale is drop_scale is None:
+        stream = _onednn.linear(x, weight, bias, residual=residual)
+    if stream is None:
+        branch = linear(x, weight, bias)
+        stream = add_branch(residual, branch, layer_scale, drop_scale, ours=True).contiguous()
     return stream, _statistics(stream, need_stats)
 
 
@@ -206,11 +213,12 @@ LINEAR_RESIDUAL = define(
     flops=flops,
     bytes_moved=bytes_moved,
     to_public=to_public,
+    peers={"cublas": cublas.linear_residual},
 )
 
 
 def _backward(
-    product: torch.dtype,
+    exact: bool,
     d_stream: Tensor,
     x: Tensor | None,
     pre: Tensor | None,
@@ -225,6 +233,7 @@ def _backward(
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = accumulate_dtype(d_stream, x, pre, weight, layer_scale)
+    product = acc if exact else weight.dtype
     g = d_stream.to(acc)
     if drop_scale is not None:
         g = g * drop_scale.to(acc)[:, None, None]
@@ -234,9 +243,9 @@ def _backward(
         dx = (scaled.to(product) @ weight.to(product)).to(acc)
     if pre is not None:
         if need_x:
-            x, dx = through_activation(dx, pre, activation, gated, exact=product == acc)
+            x, dx = through_activation(dx, pre, activation, gated, exact=exact)
         else:
-            act = definition if product == acc else fused
+            act = definition if exact else fused
             x = act(pre.to(acc), activation, gated)
     dx = dx.to(weight.dtype).contiguous()
     like = weight if layer_scale is None else layer_scale
@@ -274,9 +283,8 @@ def backward_reference(
     Given `pre` in place of `x`, the first is the gradient of pre, in its shape. The last three are
     empty unless `need_params`, the last also without a `layer_scale`.
     """
-    acc = accumulate_dtype(d_stream, x, pre, weight, layer_scale)
     options = (activation, gated, param_dtype, need_x, need_params)
-    return _backward(acc, d_stream, x, pre, weight, bias, layer_scale, drop_scale, *options)
+    return _backward(True, d_stream, x, pre, weight, bias, layer_scale, drop_scale, *options)
 
 
 def backward_portable(
@@ -295,9 +303,7 @@ def backward_portable(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ATen's products in the dtype of the weight, all else in float32."""
     options = (activation, gated, param_dtype, need_x, need_params)
-    return _backward(
-        weight.dtype, d_stream, x, pre, weight, bias, layer_scale, drop_scale, *options
-    )
+    return _backward(False, d_stream, x, pre, weight, bias, layer_scale, drop_scale, *options)
 
 
 def backward_launch(
@@ -429,23 +435,24 @@ LINEAR_RESIDUAL_BACKWARD = define(
     flops=backward_flops,
     bytes_moved=backward_bytes_moved,
     backward_of="linear_residual",
+    peers={"cublas": cublas.linear_residual_backward},
 )
 
 
 class _LinearResidual(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, bias, residual, layer_scale, drop_scale, dtype
+        ctx, x, weight, bias, residual, layer_scale, drop_scale, dtype, impl
     ):
         rows, product, shift = cast(dtype, x, weight, bias)
-        stream, _ = LINEAR_RESIDUAL.call(
+        stream, _ = LINEAR_RESIDUAL.kernel(impl)(
             rows, product, shift, residual, layer_scale, drop_scale, False
         )
         # The bias takes part in the gradient of layer_scale only.
         ctx.save_for_backward(
             rows, product, None if layer_scale is None else shift, layer_scale, drop_scale
         )
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.dtypes, ctx.impl = (x.dtype, weight.dtype), impl
         return stream
 
     @staticmethod
@@ -455,7 +462,7 @@ class _LinearResidual(torch.autograd.Function):
         x_dtype, param_dtype = ctx.dtypes
         need_x, need_weight, need_bias, need_residual, need_scale, *_ = ctx.needs_input_grad
         need_params = need_weight or need_bias or need_scale
-        dx, d_weight, d_bias, d_scale = LINEAR_RESIDUAL_BACKWARD.call(
+        dx, d_weight, d_bias, d_scale = LINEAR_RESIDUAL_BACKWARD.kernel(ctx.impl)(
             d_stream, x, None, *tensors, "", False, param_dtype, need_x, need_params
         )
         return (
@@ -464,8 +471,7 @@ class _LinearResidual(torch.autograd.Function):
             d_bias if need_bias else None,
             d_stream if need_residual else None,
             d_scale if need_scale else None,
-            None,
-            None,
+            *(None,) * 3,
         )
 
 
@@ -490,7 +496,7 @@ def linear_residual(
         residual: the stream [B, N, D], any strides; its dtype may be wider.
         layer_scale: LayerScale gamma [D], or None.
         drop_scale: DropPath factor a sample [B] (0 or 1 / keep probability), or None; no gradient.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "cublas", "torch" or "reference".
 
     Returns:
         The new stream [B, N, D] in the residual's dtype, contiguous.
@@ -548,8 +554,7 @@ def run(
 ) -> Tensor:
     """`linear_residual` by the implementation `name`, with its gradient, of fitting arguments."""
     tensors = (x, weight, bias, residual, layer_scale, drop_scale)
-    if name == "triton" and wants_grad(*tensors):
-        return _LinearResidual.apply(*tensors, dtype)
-    known: dict[str, Callable[..., Any]] = {"triton": LINEAR_RESIDUAL.call, "torch": portable}
-    function = known.get(name, reference)
+    if name in KERNELS and wants_grad(*tensors):
+        return _LinearResidual.apply(*tensors, dtype, name)
+    function = LINEAR_RESIDUAL.implementations[name]
     return function(*cast(dtype, x, weight, bias), residual, layer_scale, drop_scale, False)[0]

@@ -29,10 +29,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _norm
+from ._gemm import cublas
 from ._gemm import launch as gemm
-from ._gemm.activation import check_activation, definition, fused, overwriting
-from ._gemm.portable import chunk_statistics, norm_input_grad, through_activation, weight_grad
+from ._gemm.activation import check_activation, definition
+from ._gemm.portable import (
+    chunk_statistics,
+    linear_act,
+    norm_input_grad,
+    through_activation,
+    weight_grad,
+)
 from ._op import (
+    KERNELS,
     Arg,
     Sample,
     accumulate_dtype,
@@ -100,11 +108,7 @@ def portable(
         a = a if norm_bias is None else a + norm_bias.to(acc)
     else:
         a = _norm.aten_norm(x, norm_weight, norm_bias, eps, rms)
-    z = F.linear(a.to(weight.dtype), weight, bias)
-    # The product is ours alone. Where nobody needs it, writing over it saves touching as much fresh
-    # memory, which on a CPU costs as much as the GELU; a compiler does that by itself.
-    keep = need_saved or z.requires_grad or torch.compiler.is_compiling()
-    y = (fused if keep else overwriting)(z, activation, gated)
+    y, z = linear_act(a.to(weight.dtype), weight, bias, activation, gated, need_saved)
     return y, *_saved(z, rows, spread, weight, activation, need_saved)
 
 
@@ -282,11 +286,12 @@ NORM_LINEAR = define(
     flops=flops,
     bytes_moved=bytes_moved,
     to_public=to_public,
+    peers={"cublas": cublas.norm_linear},
 )
 
 
 def _backward(
-    product: torch.dtype,
+    exact: bool,
     dy: Tensor,
     z: Tensor | None,
     x_hat: Tensor,
@@ -304,9 +309,10 @@ def _backward(
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = accumulate_dtype(dy, x_hat, norm_weight, weight)
+    product = acc if exact else weight.dtype
     dz = dy.to(acc)
     if z is not None:
-        dz = through_activation(dz, z, activation, gated, exact=product == acc)[1]
+        dz = through_activation(dz, z, activation, gated, exact=exact)[1]
     width = weight.shape[1]
     dx = weight.new_empty(0, dtype=x_dtype)
     if need_x:
@@ -355,7 +361,7 @@ def backward_reference(
     has no rows without a norm weight.
     """
     return _backward(
-        accumulate_dtype(dy, x_hat, norm_weight, weight),
+        True,
         dy, z, x_hat, spread, norm_weight, norm_bias, weight, d_stream, activation, gated, rms,
         x_dtype, param_dtype, need_x, need_params,
     )  # fmt: skip
@@ -380,7 +386,7 @@ def backward_portable(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ATen's products in the dtype of the weight, all else in float32."""
     return _backward(
-        weight.dtype,
+        False,
         dy, z, x_hat, spread, norm_weight, norm_bias, weight, d_stream, activation, gated, rms,
         x_dtype, param_dtype, need_x, need_params,
     )  # fmt: skip
@@ -510,16 +516,17 @@ NORM_LINEAR_BACKWARD = define(
     flops=backward_flops,
     bytes_moved=backward_bytes_moved,
     backward_of="norm_linear",
+    peers={"cublas": cublas.norm_linear_backward},
 )
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated, dtype
+        ctx, x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated, dtype, impl
     ):
         product = weight.to(dtype)
-        y, z, x_hat, spread = NORM_LINEAR.call(
+        y, z, x_hat, spread = NORM_LINEAR.kernel(impl)(
             x, norm_weight, norm_bias, product, None if bias is None else bias.to(dtype), None,
             eps, rms, False, activation, gated, True,
         )  # fmt: skip
@@ -527,7 +534,7 @@ class _NormLinear(torch.autograd.Function):
             z if activation else None, x_hat, spread, norm_weight, norm_bias, product
         )
         ctx.options = activation, gated, rms
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.dtypes, ctx.impl = (x.dtype, weight.dtype), impl
         return y
 
     @staticmethod
@@ -536,7 +543,7 @@ class _NormLinear(torch.autograd.Function):
         z, x_hat, spread, norm_weight, norm_bias, weight = ctx.saved_tensors
         need_x, need_g, need_h, need_w, need_b, *_ = ctx.needs_input_grad
         need_params = need_g or need_h or need_w or need_b
-        dx, d_norm, d_weight, d_bias = NORM_LINEAR_BACKWARD.call(
+        dx, d_norm, d_weight, d_bias = NORM_LINEAR_BACKWARD.kernel(ctx.impl)(
             dy, z, x_hat, spread, norm_weight, norm_bias, weight, None,
             *ctx.options, *ctx.dtypes, need_x, need_params,
         )  # fmt: skip
@@ -546,7 +553,7 @@ class _NormLinear(torch.autograd.Function):
             d_norm[1].to(norm_bias.dtype) if need_h else None,
             d_weight if need_w else None,
             d_bias if need_b else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -577,7 +584,7 @@ def norm_linear(
         rms: RMSNorm in place of LayerNorm.
         activation: "" for none, or "gelu", "gelu_tanh", "quick_gelu", "relu", "silu".
         gated: multiply the activated gate by the value.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "cublas", "torch" or "reference".
 
     Returns:
         [..., F] in the dtype of the product, contiguous.
@@ -630,7 +637,7 @@ def select(
         norm_bias,
         weight,
         bias,
-        unfit={"triton": _norm.width_problem(x.shape[-1])},
+        unfit=dict.fromkeys(("triton", "cublas"), _norm.width_problem(x.shape[-1])),
         avoid=gemm.predicted_slower(dtype),
         bucket=lambda: gemm.bucket(x, weight, act=bool(activation), gated=gated),
         dtype=dtype,
@@ -651,11 +658,11 @@ def run(
     dtype: torch.dtype,
 ) -> Tensor:
     """`norm_linear` by the implementation `name`, with its gradient, of arguments known to fit."""
-    if name == "triton" and wants_grad(x, norm_weight, norm_bias, weight, bias):
+    if name in KERNELS and wants_grad(x, norm_weight, norm_bias, weight, bias):
         return _NormLinear.apply(
-            x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated, dtype
+            x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated, dtype, name
         )
-    function = {"triton": NORM_LINEAR.call, "torch": portable}.get(name, reference)
+    function = NORM_LINEAR.implementations[name]
     weight, bias = cast(dtype, weight, bias)  # type: ignore[assignment]
     return function(
         x, norm_weight, norm_bias, weight, bias, None, eps, rms, False, activation, gated, False

@@ -23,7 +23,8 @@ def test_defaults_and_order_are_timms() -> None:
     ours = inspect.signature(ViTConfig).parameters
     expected = [name for name in theirs if name not in ("device", "dtype")]
     assert names[: len(expected)] == expected
-    assert names[len(expected) :] == ["mean", "std", "residual_dtype", "impl"]
+    own = ["mean", "std", "residual_dtype", "drop_path_mode", "save", "impl"]
+    assert names[len(expected) :] == own
     for name in expected:
         if not name.endswith(("_layer", "_fn")):  # classes of timm's own; None here
             assert ours[name].default == theirs[name].default, name
@@ -170,6 +171,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"impl": {"atention": "auto"}}, ValueError, "impl names the op 'atention'"),
     ({"impl": {"attention": "tritn"}}, ValueError, "impl='tritn' for attention"),
     ({"impl": 3}, TypeError, "impl must be a string or a mapping"),
+    ({"save": "all"}, ValueError, "save must be one of 'balanced', 'minimal'"),
+    ({"drop_path_mode": "batch"}, ValueError, "drop_path_mode must be one of 'scale', 'subset'"),
 ]
 
 

@@ -24,11 +24,10 @@ def test_rows_count_every_call() -> None:
     rows = vitkern.explain(model, torch.randn(2, 3, 32, 32)).rows
     assert {row.op: row.calls for row in rows} == {
         "patch_embed": 1,
-        "layer_norm": 3,
+        "norm_linear": 4,
         "attention": 2,
-        "add_layer_norm": 2,
-        "linear_act": 2,
-        "residual_add": 2,
+        "linear_residual": 4,
+        "layer_norm": 1,
     }
     assert rows[0].op == "patch_embed"
     by_op = {row.op: row for row in rows}

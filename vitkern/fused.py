@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vitkern.kernels._op import Op, cast, wants_grad
+from vitkern.kernels._op import KERNELS, Op, cast, wants_grad
 from vitkern.kernels.attention import ATTENTION, ATTENTION_BACKWARD, needs_stats
 from vitkern.kernels.attention import run as run_attention
 from vitkern.kernels.attention import select as select_attention
@@ -103,8 +103,8 @@ class _Plan(NamedTuple):
 
 def _by(op: Op, name: str) -> Callable[..., Any]:
     """The implementation `name` of an op or of its backward, without autograd."""
-    if name == "triton":
-        return op.call
+    if name in KERNELS:
+        return op.kernel(name)
     return op.portable if name == op.portable_name else op.reference
 
 
@@ -137,11 +137,11 @@ def attention_half(
     last = select_linear_residual(how.impl["linear_residual"], *proj, x, *joint, how.dtype)
     grad = wants_grad(*tensors)
     middle = ""
-    if (first == last == "triton") or (how.save and grad):
+    if KERNELS.issuperset((first, last)) or (how.save and grad):
         # A stand-in: qkv does not exist yet, and its shape decides.
         like = x.new_empty(1, dtype=how.dtype).expand(batch, tokens, 3, heads, head_dim)
         middle = select_attention(how.impl["attention"], like, options, scale)
-        if middle in ("triton", "sdpa", "reference") and (middle == first or how.save):
+        if middle in ("triton", "sdpa", "reference") and (middle == "triton" or how.save):
             plan = _Plan(
                 how.dtype, norm.eps, norm.rms, how.save == "minimal", how.need_stats, first, last,
                 middle, scale, options.eps, options.rms, heads,
@@ -178,7 +178,7 @@ def mlp_half(
     )
     last = select_linear_residual(how.impl["linear_residual"], *fc2, x, *joint, how.dtype)
     grad = wants_grad(*tensors)
-    if (first == last == "triton") or (how.save and grad):
+    if KERNELS.issuperset((first, last)) or (how.save and grad):
         plan = _Plan(
             how.dtype, norm.eps, norm.rms, how.save == "minimal", how.need_stats, first, last,
             activation=activation, gated=gated,

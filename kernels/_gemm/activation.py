@@ -23,11 +23,15 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Activation(NamedTuple):
-    """definition: in elementary steps; fused: ATen's one call; in_place: that, over its input."""
+    """definition: in elementary steps; fused: ATen's one call; in_place: that, over its input.
+
+    backward: the gradient of z for that of act(z) and z itself.
+    """
 
     definition: Function
     fused: Function
     in_place: Function
+    backward: Callable[[Tensor, Tensor], Tensor]
 
 
 def _gelu(z: Tensor) -> Tensor:
@@ -42,20 +46,31 @@ def _quick_gelu(z: Tensor) -> Tensor:
     return z * torch.sigmoid(1.702 * z)
 
 
+def _quick_gelu_backward(dy: Tensor, z: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * z)
+    return dy * s * (1 + 1.702 * z * (1 - s))
+
+
 def _silu(z: Tensor) -> Tensor:
     return z * torch.sigmoid(z)
 
 
+aten = torch.ops.aten
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": Activation(_gelu, F.gelu, torch.ops.aten.gelu_.default),
+    "gelu": Activation(_gelu, F.gelu, aten.gelu_.default, aten.gelu_backward.default),
     "gelu_tanh": Activation(
         _gelu_tanh,
         lambda z: F.gelu(z, approximate="tanh"),
-        lambda z: torch.ops.aten.gelu_.default(z, approximate="tanh"),
+        lambda z: aten.gelu_.default(z, approximate="tanh"),
+        lambda dy, z: aten.gelu_backward.default(dy, z, approximate="tanh"),
     ),
-    "quick_gelu": Activation(_quick_gelu, _quick_gelu, _quick_gelu),
-    "relu": Activation(torch.relu, torch.relu, torch.relu_),
-    "silu": Activation(_silu, F.silu, lambda z: F.silu(z, inplace=True)),
+    "quick_gelu": Activation(_quick_gelu, _quick_gelu, _quick_gelu, _quick_gelu_backward),
+    "relu": Activation(
+        torch.relu, torch.relu, torch.relu_, lambda dy, z: aten.threshold_backward.default(dy, z, 0)
+    ),
+    "silu": Activation(
+        _silu, F.silu, lambda z: F.silu(z, inplace=True), aten.silu_backward.default
+    ),
 }
 
 

@@ -36,15 +36,19 @@ class Work:
     dtype: torch.dtype
     target: tuple[int, int]
     sms: int
-    # The tile of tokens is worked on in registers before the product: cheaply, as by a norm, or by
-    # the derivative of an activation.
+    aligned: bool  # every row starts on a multiple of 16 values, so that loads are wide
+    # The tile of tokens is worked on in registers before the product: "norm" and "scale" are cheap,
+    # "slope" is the derivative of an activation.
     prologue: str = ""
-    pair: bool = False  # two products share it
+    pair: bool = False  # two products share the tile
 
 
-def work(t: Tensor, prologue: str = "", pair: bool = False) -> Work:
-    """The work on tensors like `t`, on its device."""
-    return Work(t.dtype, capability(t.device), sm_count(t.device), prologue, pair)
+def work(weight: Tensor, *others: Tensor | None, prologue: str = "", pair: bool = False) -> Work:
+    """The work on a product with `weight`, of rows of `others`."""
+    sizes = [*weight.shape, *(t.stride(0) for t in others if t is not None)]
+    aligned = all(size % 16 == 0 for size in sizes)
+    device = weight.device
+    return Work(weight.dtype, capability(device), sm_count(device), aligned, prologue, pair)
 
 
 def product_config(rows: int, columns: int, work: Work) -> TileConfig:
@@ -53,7 +57,11 @@ def product_config(rows: int, columns: int, work: Work) -> TileConfig:
     An epilogue takes slices of 64 columns: all at once it would spill beside a tile of 128 x 128.
     """
     if work.dtype == torch.float32:  # FMA units or TF32; the operands are twice as wide
-        return TileConfig(64, 64, 16 if work.prologue else 32, 8, 2)
+        if work.aligned:
+            return TileConfig(64, 64, 16, 8, 2)
+        return TileConfig(32, 64, 16, 4 if work.prologue == "norm" else 8, 2)
+    if not work.aligned:  # an address for each value takes registers
+        return TileConfig(64, 64, 32, 8, 2)
     # Few tokens: more, smaller programs.
     if cdiv(rows, 128) * cdiv(columns, 128) < 2 * work.sms:
         return TileConfig(64, 64, 32 if work.prologue == "slope" else 64, 4, 3)
@@ -68,9 +76,9 @@ def product_config(rows: int, columns: int, work: Work) -> TileConfig:
     return TileConfig(128, 256, 64, 8, 3, parts=4)
 
 
-def weight_grad_config(features: int, width: int, work: Work) -> TileConfig:
+def weight_grad_config(features: int, width: int, dtype: torch.dtype) -> TileConfig:
     """Tiles of [features, tokens] x [tokens, width]; block_m is the step over tokens."""
-    if work.dtype == torch.float32:
+    if dtype == torch.float32:
         return TileConfig(32, fit(64, features), fit(64, width), 8, 2)
     return TileConfig(64, fit(128, features), fit(128, width), 8, 3)
 
@@ -173,7 +181,8 @@ def forward(
     tokens = 1 if drop_scale is None else rows // max(1, drop_scale.shape[0])
     chunks = 1 if norm.stats is None else norm.stats.shape[1]
     normed = norm.stats is not None or norm.weight is not None
-    config = product_config(rows, features, work(weight, "norm" if normed else "", gated))
+    prologue = "norm" if normed else ""
+    config = product_config(rows, features, work(weight, a, stream, prologue=prologue, pair=gated))
     launch(
         forward_kernel,
         (cdiv(rows, config.block_m) * cdiv(features, config.block_n),),
@@ -244,9 +253,8 @@ def input_grad(
         dx = weight.new_empty(rows, width)
     tokens = 1 if drop_scale is None else rows // max(1, drop_scale.shape[0])
     prologue = "slope" if z is not None else "scale" if layer_scale is not None else ""
-    config = product_config(
-        rows, width, work(weight, prologue if as_it_is else prologue or "scale")
-    )
+    prologue = prologue if as_it_is else prologue or "scale"
+    config = product_config(rows, width, work(weight, g, prologue=prologue))
     launch(
         input_grad_kernel,
         (cdiv(rows, config.block_m) * cdiv(width, config.block_n),),
@@ -296,7 +304,7 @@ def weight_grad(dz: Tensor, a: Tensor) -> Partial:
     """Partial sums of dz^T a and of dz, for dz [M, N] and a [M, K] of one dtype."""
     dz, a = as_matrix(dz), as_matrix(a)
     rows, features, width = dz.shape[0], dz.shape[1], a.shape[1]
-    config = weight_grad_config(features, width, work(a))
+    config = weight_grad_config(features, width, a.dtype)
     tiles = cdiv(features, config.block_n) * cdiv(width, config.block_k)
     # The output is small and the tokens are many: split them, for one wave of two programs a
     # multiprocessor, each with at least four steps to do.
@@ -379,7 +387,7 @@ def norm_finish(
     """
     features, width = weight.shape
     rows = x_hat.numel() // width
-    config, block_c = row_config(width), 16
+    config, block_c = row_config(width), 32  # 16 columns would spill a register
     columns = 0 if partial is None else cdiv(width, block_c)
     shapes = ((features, width), (features,)) if partial is not None else ((0,), (0,))
     d_weight, d_bias = (torch.empty(s, dtype=dtype, device=weight.device) for s in shapes)

@@ -318,7 +318,15 @@ def backward_portable(
     max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own attention forward and, by autograd, backward."""
+    """PyTorch's own attention forward and, by autograd, backward.
+
+    A compiler can't trace a backward pass inside another: it gets the formulas.
+    """
+    if torch.compiler.is_compiling():
+        return backward_reference(
+            dout, qkv, out, stats, q_weight, q_bias, k_weight, k_bias, sin, cos, key_mask,
+            cu_seqlens, eps, rms, interleaved, max_seqlen, scale,
+        )  # fmt: skip
     if q_weight is not None:  # a bias that isn't there has the gradient of a zero
         q_bias = torch.zeros_like(q_weight) if q_bias is None else q_bias
         k_bias = torch.zeros_like(q_weight) if k_bias is None else k_bias
