@@ -124,11 +124,11 @@ def cases(
 
 
 def launches(case: Case, capability: tuple[int, int]) -> list[Launch]:
-    """What `case` would launch on a card of `capability`."""
+    """What `case` would launch on a card of `capability`, by all of our kernels that do it."""
     seen: list[Launch] = []
-    if case.op.launcher is not None:
-        with intercept(seen.append, capability):
-            case.op.launcher(**case.meta())
+    with intercept(seen.append, capability):
+        for launcher in case.op.launchers.values():
+            launcher(**case.meta())
     return seen
 
 

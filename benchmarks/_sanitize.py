@@ -14,6 +14,7 @@ TRITON_INTERPRET=1 must be set before vitkern is imported: ``python -m benchmark
 """
 
 import contextlib
+import itertools
 import linecache
 import sys
 from collections import Counter
@@ -282,11 +283,13 @@ def viewed(sample: Sample, arguments: dict[str, Any], view: str) -> dict[str, An
     return sample.complete(changed)
 
 
-def check_exactly(case: Case, view: str) -> tuple[list[str], Traffic | None, set[str]]:
+def check_exactly(
+    case: Case, view: str, impl: str = "triton"
+) -> tuple[list[str], Traffic | None, set[str]]:
     """(problems, traffic of a dense call, kernels that ran) of one case."""
     arguments = viewed(case.sample, case.sample.make("cpu", case.dtype), view)
-    assert case.op.launcher is not None
-    result, trace = run_exactly(lambda: case.op.launcher(**arguments))  # type: ignore[misc]
+    launcher = case.op.launchers[impl]
+    result, trace = run_exactly(lambda: launcher(**arguments))
     outputs = tensors_of(result)
     problems = [*dict.fromkeys(trace.problems), *check_writes(outputs, trace)]
     traffic = None
@@ -341,9 +344,9 @@ def exact_pass(ops: list[Op]) -> tuple[list[str], set[str]]:
         kernels: set[str] = set()
         calls = 0
         for case in cases([op], ["tiny"], DTYPES):
-            for view in VIEWS:
-                problems, traffic, ran = check_exactly(case, view)
-                offenders += [f"{case} {view}: {p}" for p in problems]
+            for view, impl in itertools.product(VIEWS, op.launchers):
+                problems, traffic, ran = check_exactly(case, view, impl)
+                offenders += [f"{case} {impl} {view}: {p}" for p in problems]
                 traffics += [traffic] if traffic else []
                 kernels |= ran
                 calls += 1
@@ -375,12 +378,11 @@ def symbolic_pass(ops: list[Op]) -> list[str]:
     analysed = 0
     for case in cases(ops, ["tiny"], DTYPES):
         arguments = case.sample.make("cpu", case.dtype)
-        launcher = case.op.launcher
-        assert launcher is not None
-        problems, not_taken = check_symbolically(partial(launcher, **arguments))
-        offenders += [f"{case}: {p}" for p in problems]
-        refused.update(not_taken)
-        analysed += not not_taken
+        for impl, launcher in case.op.launchers.items():
+            problems, not_taken = check_symbolically(partial(launcher, **arguments))
+            offenders += [f"{case} {impl}: {p}" for p in problems]
+            refused.update(not_taken)
+            analysed += not not_taken
     print(f"\nsymbolic: {analysed} calls analysed as a whole; launches that triton-viz refused:")
     print("\n".join(f"  {count} x {reason}" for reason, count in refused.most_common()) or "  none")
     return offenders
@@ -393,7 +395,7 @@ def main(ops: list[Op], symbolic: bool) -> int:
     if not INTERPRET:
         raise ValueError("TRITON_INTERPRET must be 1 before vitkern is imported")
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
-    ops = [op for op in ops if op.launcher is not None]
+    ops = [op for op in ops if op.launchers]
     offenders, seen = exact_pass(ops)
     if symbolic:  # second, because triton-viz rewrites kernels in a way that only its own runs take
         offenders += symbolic_pass(ops)

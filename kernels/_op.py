@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _tuned, _verified
 from ._launch import intercepted
 from ._triton import INTERPRET, TRITON_MISSING
-from ._verified import KERNELS
+from ._verified import KERNELS as KERNELS
 
 LIBRARY = torch.library.Library("vitkern", "DEF")
 REGISTRY: dict[str, "Op"] = {}
@@ -114,7 +114,8 @@ class Op:
     samples: "tiny" for correctness (odd shapes), "vit" for benchmarks (shapes of real models).
     flops, bytes_moved: of a perfect kernel, from the op's own keyword arguments.
     to_public: those arguments as keyword arguments of the public function.
-    peers: further implementations by name, which other packages bring.
+    peers: further implementations by name, which other packages bring; those of `kernel_peers` are
+        ours, launchers like `launcher`, and stand in `peers` as operators of the same schema.
     """
 
     name: str
@@ -130,6 +131,17 @@ class Op:
     to_public: Callable[[dict[str, Any]], dict[str, Any]]
     peers: Mapping[str, Callable[..., Any]]
     call: Callable[..., Any]
+    kernel_peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def launchers(self) -> dict[str, Callable[..., Any]]:
+        """Of the implementations that are kernels of ours, what launches them."""
+        kernel = {} if self.launcher is None else {"triton": self.launcher}
+        return {**kernel, **self.kernel_peers}
+
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """The operator that runs our kernels called `name`; "triton" where the op has none such."""
+        return self.peers.get(name, self.call)
 
     @property
     def implementations(self) -> dict[str, Callable[..., Any]]:
@@ -154,15 +166,19 @@ def define(
     to_public: Callable[[dict[str, Any]], dict[str, Any]] = unchanged,
     peers: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> Op:
-    """Register ``torch.ops.vitkern.<name>`` (schema inferred from `reference`) and list it."""
+    """Register ``torch.ops.vitkern.<name>`` (schema inferred from `reference`) and list it.
+
+    A peer that is ours becomes the operator ``torch.ops.vitkern.<name>_<peer>``.
+    """
     portable = portable or reference
-    LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
-    torch.library.register_fake(f"vitkern::{name}", fake, lib=LIBRARY)
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    call = _operator(name, schema, fake, launcher)
     LIBRARY.impl(name, portable, "CompositeExplicitAutograd")
-    if launcher is not None:
-        LIBRARY.impl(name, launcher, "CUDA")
-        if INTERPRET:  # the interpreter runs kernels on CPU tensors
-            LIBRARY.impl(name, launcher, "CPU")
+    kernel_peers = {peer: function for peer, function in peers.items() if peer in KERNELS}
+    operators = {
+        peer: _operator(f"{name}_{peer}", schema, fake, function)
+        for peer, function in kernel_peers.items()
+    }
     op = Op(
         name=name,
         reference=reference,
@@ -175,11 +191,29 @@ def define(
         bytes_moved=bytes_moved,
         backward_of=backward_of,
         to_public=to_public,
-        peers=peers,
-        call=getattr(torch.ops.vitkern, name).default,
+        peers={**peers, **operators},
+        call=call,
+        kernel_peers=kernel_peers,
     )
     REGISTRY[name] = op
     return op
+
+
+def _operator(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    launcher: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """Define ``torch.ops.vitkern.<name>``; on a GPU it runs `launcher`, if there is one."""
+    LIBRARY.define(name + schema)
+    torch.library.register_fake(f"vitkern::{name}", fake, lib=LIBRARY)
+    if launcher is not None:
+        LIBRARY.impl(name, launcher, "CUDA")
+        if INTERPRET:  # the interpreter runs kernels on CPU tensors
+            LIBRARY.impl(name, launcher, "CPU")
+    operator: Callable[..., Any] = getattr(torch.ops.vitkern, name).default
+    return operator
 
 
 @dataclass(frozen=True)

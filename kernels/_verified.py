@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ._op import Op, Sample
 
 # Implementations of our own that run on a GPU.
-KERNELS = frozenset({"triton", "gluon"})
+KERNELS = frozenset({"triton", "cublas", "gluon"})
 
 # Samples that the check before a first use runs: each may compile a kernel.
 SMALLEST = 3
