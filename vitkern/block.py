@@ -284,7 +284,7 @@ class Block(nn.Module):
     def class_token(self, x: Tensor) -> Tensor:
         """The first token of ``forward(x)`` alone, [B, 1, D]: of the others only keys and values.
 
-        What a classifier reads of the last block, for a twelfth of that block's products.
+        What a classifier reads of the last block, for a sixth of that block's FLOPs (B/16).
         """
         attn, norm, own = self.attn, norm_of(self.norm1), x[:, :1]
         dtype = product_dtype(x, attn.qkv.weight)
