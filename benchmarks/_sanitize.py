@@ -88,7 +88,8 @@ def _recorded(launch: Launch, trace: Trace) -> Iterator[None]:
     def check(store: bool, pointers: Any, mask: Any) -> Any:
         """Record an access; the mask without its stray lanes, so that they harm nobody."""
         size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
-        address, active = np.broadcast_arrays(pointers.data, mask.data)
+        # A load by a tensor descriptor brings a bare array as its mask.
+        address, active = np.broadcast_arrays(pointers.data, np.asarray(mask.data))
         wanted = address[active]
         ends = wanted + np.uint64(size - 1)
         inside = np.isin(wanted, allowed) & np.isin(ends, allowed)
@@ -101,7 +102,7 @@ def _recorded(launch: Launch, trace: Trace) -> Iterator[None]:
             )
             active = active.copy()
             active[active] = inside
-        return interpreter.TensorHandle(active, mask.dtype)
+        return interpreter.TensorHandle(active, interpreter.tl.int1)
 
     load, store, rmw = (
         builder.create_masked_load,
@@ -109,8 +110,8 @@ def _recorded(launch: Launch, trace: Trace) -> Iterator[None]:
         builder.create_atomic_rmw,
     )
 
-    def checked_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        return load(pointers, check(False, pointers, mask), *rest)
+    def checked_load(pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        return load(pointers, check(False, pointers, mask), *rest, **options)
 
     def checked_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return store(pointers, value, check(True, pointers, mask), *rest)

@@ -39,6 +39,8 @@ import torch
 from torch import Tensor
 
 from ._gemm.activation import activate
+from ._gemm.launch import CHUNK, as_matrix, dense
+from ._gemm.portable import chunk_statistics
 from ._launch import capability, cdiv, intercepted, launch, sm_count
 from ._triton import INTERPRET, gluon, tl
 
@@ -365,21 +367,11 @@ def problem(
     a: Tensor, w: Tensor, *, residual: Tensor | None = None, out_dtype: torch.dtype
 ) -> str | None:
     """Why `forward` can't run on these tensors; None where it can."""
-    if _GLUON.missing is not None:
-        return _GLUON.missing
-    if not intercepted():
-        if a.device.type != "cuda":
-            return f"Gluon kernels need CUDA tensors, these are on {a.device.type}"
-        if INTERPRET:
-            return "nothing interprets Gluon (TRITON_INTERPRET=1 is set)"
-    if capability(a.device) != (9, 0):
-        return "made for compute capability 9.0, this is {}.{}".format(*capability(a.device))
-    if a.dtype != w.dtype or a.dtype not in (torch.float16, torch.bfloat16):
+    if a.dtype != w.dtype:
         return f"needs a and w both float16 or both bfloat16, got {a.dtype} and {w.dtype}"
-    if out_dtype not in (a.dtype, torch.float32):
-        return f"stores {a.dtype} or float32, not {out_dtype}"
-    if w.shape[1] == 0 or w.shape[0] % 8 or w.shape[1] % 8:
-        return f"TMA needs N and K to be multiples of 8 and K > 0, w is {list(w.shape)}"
+    reason = product_problem(w, a.dtype, out_dtype)
+    if reason:
+        return reason
     for name, t in (("a", a), ("w", w)):
         # Of one row the stride is nobody's business; _descriptor makes one up.
         strided = t.shape[0] > 1 and (t.stride(0) % 8 or t.stride(0) < t.shape[1])
@@ -387,6 +379,26 @@ def problem(
             return f"TMA needs rows of {name} on 16 bytes, strides are {t.stride()}"
     if residual is not None and not residual.is_contiguous():
         return f"needs a contiguous residual, strides are {residual.stride()}"
+    return None
+
+
+def product_problem(w: Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> str | None:
+    """Why there is no product of dense rows with `w` [N, K], both cast to `dtype`."""
+    if _GLUON.missing is not None:
+        return _GLUON.missing
+    if not intercepted():
+        if w.device.type != "cuda":
+            return f"Gluon kernels need CUDA tensors, these are on {w.device.type}"
+        if INTERPRET:
+            return "nothing interprets Gluon (TRITON_INTERPRET=1 is set)"
+    if capability(w.device) != (9, 0):
+        return "made for compute capability 9.0, this is {}.{}".format(*capability(w.device))
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"needs a and w both float16 or both bfloat16, got {dtype}"
+    if out_dtype not in (dtype, torch.float32):
+        return f"stores {dtype} or float32, not {out_dtype}"
+    if w.shape[1] == 0 or w.shape[0] % 8 or w.shape[1] % 8:
+        return f"TMA needs N and K to be multiples of 8 and K > 0, w is {list(w.shape)}"
     return None
 
 
@@ -476,3 +488,62 @@ def forward(
         num_stages=1,
     )
     return out, pre
+
+
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gated: bool, need_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """As ``linear_act.reference``; a ValueError says why it can't run."""
+    a, w = _rows(x), weight.contiguous()
+    reason = linear_act_problem(w, w.dtype, gated) or problem(a, w, out_dtype=w.dtype)
+    if reason:
+        raise ValueError(f"linear_act: impl='gluon' can't run here: {reason}")
+    y, z = forward(a, w, dense(bias), activation=activation, out_dtype=w.dtype, need_pre=need_pre)
+    leading = x.shape[:-1]
+    return y.view(*leading, -1), weight.new_empty(0) if z is None else z.view(*leading, -1)
+
+
+def linear_act_problem(weight: Tensor, dtype: torch.dtype, gated: bool) -> str | None:
+    """Why `linear_act` can't run with a weight cast to `dtype`; None where it can."""
+    return "no gated pair in one pass" if gated else product_problem(weight, dtype, dtype)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` as a matrix whose rows TMA can find."""
+    matrix = as_matrix(t)
+    return matrix.contiguous() if matrix.stride(0) % 8 or matrix.storage_offset() % 8 else matrix
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+    need_stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """As ``linear_residual.reference``; a ValueError says why it can't run.
+
+    The statistics take a pass of ATen's over the stream: who wants them takes another kernel.
+    """
+    a, w, stream = _rows(x), weight.contiguous(), as_matrix(residual).contiguous()
+    reason = problem(a, w, residual=stream, out_dtype=stream.dtype)
+    if reason:
+        raise ValueError(f"linear_residual: impl='gluon' can't run here: {reason}")
+    y, _ = forward(
+        a,
+        w,
+        dense(bias),
+        residual=stream,
+        layer_scale=dense(layer_scale),
+        drop_scale=dense(drop_scale),
+        tokens=max(1, residual.shape[1]),
+        out_dtype=stream.dtype,
+        need_pre=False,
+    )
+    y = y.view(residual.shape)
+    stats = (
+        chunk_statistics(y.float(), CHUNK) if need_stats else y.new_empty(0, dtype=torch.float32)
+    )
+    return y, stats

@@ -135,9 +135,14 @@ class Op:
 
     @property
     def launchers(self) -> dict[str, Callable[..., Any]]:
-        """Of the implementations that are kernels of ours, what launches them."""
+        """Of the implementations that are our kernels, what launches them, for tools to look at.
+
+        Gluon is left out: it can't be interpreted, and its TMA descriptors need addresses.
+        tests/test_gluon.py compiles it.
+        """
         kernel = {} if self.launcher is None else {"triton": self.launcher}
-        return {**kernel, **self.kernel_peers}
+        peers = {name: f for name, f in self.kernel_peers.items() if name != "gluon"}
+        return {**kernel, **peers}
 
     def kernel(self, name: str) -> Callable[..., Any]:
         """The operator that runs our kernels called `name`; "triton" where the op has none such."""
@@ -273,7 +278,8 @@ def choose(
         bucket: makes the name of the calls among which measurements are shared (`_tuned.bucket`);
             by default the shapes of the tensors.
         dtype: in which the kernel computes; by default that of the first floating-point tensor.
-        peer_unfit: why the peer of this name can't run here, asked only where a table names one.
+        peer_unfit: why the peer of this name can't run here; asked where it is named, by the caller
+            or by a table.
 
     Raises:
         ValueError: unknown name, or an explicit one that can't run here; the text says why.
@@ -286,6 +292,8 @@ def choose(
             known = ", ".join(["auto", *op.implementations])
             raise ValueError(f"{op.name}: unknown impl {impl!r}; expected one of {known}")
         problem = unfit.get(impl) or (kernel_problem(tensors) if impl in KERNELS else None)
+        if not problem and impl in op.peers and impl not in unfit and peer_unfit is not None:
+            problem = peer_unfit(impl)
         if problem:
             raise ValueError(f"{op.name}: impl={impl!r} can't run here: {problem}")
         name, why = impl, "asked for"
@@ -358,8 +366,9 @@ def _measured(
     problem = unfit.get(name)
     if name in KERNELS:
         problem = problem or kernel_problem(tensors)
-    elif name in op.peers and name not in unfit:
-        problem = "unknown" if peer_unfit is None else peer_unfit(name)
+    if not problem and name in op.peers and name not in unfit:
+        unasked = None if name in KERNELS else "unknown"
+        problem = unasked if peer_unfit is None else peer_unfit(name)
     return None if problem else entry
 
 

@@ -108,13 +108,22 @@ def check(
                 arguments = sample.make(device, dtype)
             eager = as_tuple(op.portable(**arguments))
             exact = as_tuple(op.reference(**in_float64(arguments)))
+            try:
+                found = held(run, arguments, eager, exact)
+            except Unfit:
+                continue
             count += 1
-            found = held(run, arguments, eager, exact)
             if not found.ok or found.ratio >= worst.ratio:
                 worst = found
             if not worst.ok:
                 break
+    if not count:
+        raise Unfit(f"{op.name}: no sample fits impl={impl!r}")
     return replace(worst, samples=count)
+
+
+class Unfit(Exception):
+    """An implementation that can't take a sample."""
 
 
 def held(
@@ -129,6 +138,8 @@ def held(
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:
+        if "can't run here" in str(problem):  # not made for such shapes, and says so
+            raise Unfit from problem
         return Verdict(False, 1, why=f"{type(problem).__name__}: {problem}"[:300], raised=True)
     if "why" in result:
         return Verdict(False, 1, why=result["why"])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _gemm_gluon
 from ._gemm import cublas
 from ._gemm import launch as gemm
 from ._gemm.activation import ACTIVATIONS, check_activation, definition
@@ -104,7 +105,7 @@ def samples(size: str) -> Iterable[Sample]:
     if size == "tiny":
         for activation in ACTIVATIONS:
             for gated in (False, True):
-                yield _sample((2, 5, 24), 40, activation, gated, bias=not gated, pre=gated)
+                yield _sample((2, 5, 24), 40, activation, gated, bias=True, pre=gated)
         yield _sample((0, 5, 24), 16, "gelu", False, bias=True, pre=True)
     else:
         for width in (768, 1024):
@@ -151,7 +152,7 @@ LINEAR_ACT = define(
     flops=flops,
     bytes_moved=bytes_moved,
     to_public=to_public,
-    peers={"cublas": cublas.linear_act},
+    peers={"cublas": cublas.linear_act, "gluon": _gemm_gluon.linear_act},
 )
 
 
@@ -365,6 +366,9 @@ def linear_act(
         avoid=gemm.predicted_slower(dtype),
         bucket=lambda: gemm.bucket(x, weight, gated=gated),
         dtype=dtype,
+        peer_unfit=lambda name: (
+            _gemm_gluon.linear_act_problem(weight, dtype, gated) if name == "gluon" else None
+        ),
     )
     if chosen in KERNELS and wants_grad(*tensors):
         return _LinearAct.apply(*tensors, activation, gated, dtype, chosen)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _onednn
+from . import _gemm_gluon, _onednn
 from ._gemm import cublas
 from ._gemm import launch as gemm
 from ._gemm.activation import definition, fused
@@ -146,6 +146,7 @@ def samples(size: str) -> Iterable[Sample]:
             ((2, 9, 33), 130, True, False, False, False, True),
             ((2, 5, 24), 16, False, True, True, True, False),
             ((0, 5, 24), 16, True, True, False, True, False),
+            ((2, 9, 40), 24, False, False, False, True, False),
         ):
             yield _sample(shape, width, scaled, dropped, wide, bias, stats)
         return
@@ -213,7 +214,7 @@ LINEAR_RESIDUAL = define(
     flops=flops,
     bytes_moved=bytes_moved,
     to_public=to_public,
-    peers={"cublas": cublas.linear_residual},
+    peers={"cublas": cublas.linear_residual, "gluon": _gemm_gluon.linear_residual},
 )
 
 
@@ -539,6 +540,9 @@ def select(
         avoid=gemm.predicted_slower(dtype),
         bucket=lambda: gemm.bucket(residual, weight),
         dtype=dtype,
+        peer_unfit=lambda name: (
+            _gemm_gluon.product_problem(weight, dtype, residual.dtype) if name == "gluon" else None
+        ),
     )
 
 

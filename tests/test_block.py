@@ -345,11 +345,12 @@ def test_some_gradients_only(frozen: str, kernel_device: str) -> None:
     leaf = x.clone().requires_grad_(frozen != "x")
     torch.manual_seed(3)
     block(leaf).backward(grad)
-    for name, p in [("x", leaf), *block.named_parameters()]:
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, expected[name], msg=name)
+    leaves: dict[str, Tensor] = {"x": leaf, **dict(block.named_parameters())}
+    for name, t in leaves.items():
+        if t.requires_grad:
+            torch.testing.assert_close(t.grad, expected[name], msg=name)
         else:
-            assert p.grad is None, name
+            assert t.grad is None, name
 
 
 MODEL: dict[str, Any] = {

@@ -16,7 +16,10 @@ from torch import Tensor
 from benchmarks import _offline
 from tests.error_budget import assert_within_budget
 from tests.test_gates import row
+from vitkern.kernels._gemm import launch as gemm
 from vitkern.kernels._gemm import persistent
+from vitkern.kernels._gemm.backward import input_grad_kernel
+from vitkern.kernels._gemm.forward import forward_kernel
 from vitkern.kernels._gemm.portable import chunk_statistics
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._triton import TRITON_MISSING, triton
@@ -228,6 +231,22 @@ def test_what_descriptors_can_be_made_of() -> None:
         assert persistent.suits(
             matrix(5, 20, 24, dtype=torch.bfloat16), matrix(20, 24, 24, dtype=torch.bfloat16)
         )
+
+
+HOPPER = [persistent.persistent_forward_kernel, persistent.persistent_input_grad_kernel]
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels"),
+    [((9, 0), HOPPER), ((8, 0), [forward_kernel, input_grad_kernel])],
+)
+def test_which_cards_take_them(capability: tuple[int, int], kernels: list[Any]) -> None:
+    x, weight, dy = matrix(5, 24, 24), matrix(8, 24, 24), matrix(5, 8, 8)
+    seen: list[Launch] = []
+    with intercept(seen.append, capability):
+        gemm.forward(x, weight, None, torch.empty_like(dy))
+        gemm.input_grad(dy, weight, torch.empty_like(x))
+    assert [launch.kernel for launch in seen] == kernels
 
 
 class AsksForScratch:

@@ -135,6 +135,7 @@ def attention_half(
         how.impl["norm_linear"], x, norm.weight, norm.bias, *qkv, how.dtype, "", False
     )
     last = select_linear_residual(how.impl["linear_residual"], *proj, x, *joint, how.dtype)
+    need_stats = how.need_stats and last != "gluon"  # which leaves none behind
     grad = wants_grad(*tensors)
     middle = ""
     if KERNELS.issuperset((first, last)) or (how.save and grad):
@@ -143,7 +144,7 @@ def attention_half(
         middle = select_attention(how.impl["attention"], like, options, scale)
         if middle in ("triton", "sdpa", "reference") and (middle == "triton" or how.save):
             plan = _Plan(
-                how.dtype, norm.eps, norm.rms, how.save == "minimal", how.need_stats, first, last,
+                how.dtype, norm.eps, norm.rms, how.save == "minimal", need_stats, first, last,
                 middle, scale, options.eps, options.rms, heads,
             )  # fmt: skip
             parts = (stats, norm.weight, norm.bias, *qkv, *options[:4], *proj, *joint)
@@ -177,10 +178,11 @@ def mlp_half(
         how.impl["norm_linear"], x, norm.weight, norm.bias, *fc1, how.dtype, activation, gated
     )
     last = select_linear_residual(how.impl["linear_residual"], *fc2, x, *joint, how.dtype)
+    need_stats = how.need_stats and last != "gluon"
     grad = wants_grad(*tensors)
     if KERNELS.issuperset((first, last)) or (how.save and grad):
         plan = _Plan(
-            how.dtype, norm.eps, norm.rms, how.save == "minimal", how.need_stats, first, last,
+            how.dtype, norm.eps, norm.rms, how.save == "minimal", need_stats, first, last,
             activation=activation, gated=gated,
         )  # fmt: skip
         parts = (stats, norm.weight, norm.bias, *fc1, *fc2, *joint)

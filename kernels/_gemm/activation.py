@@ -136,20 +136,22 @@ def activate(z, ACT: tl.constexpr):
 @jit
 def derive(z, ACT: tl.constexpr):
     """(act(z), act'(z)) of a float32 tile; they share the costly part."""
+    # 1 - sigmoid(u) is written sigmoid(-u): the difference would lose its digits at large u.
     if ACT == "gelu":
         half = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         return z * half, half + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
     elif ACT == "gelu_tanh":
-        s = _sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        u = 1.5957691216057308 * (z + 0.044715 * z * z * z)
+        s = _sigmoid(u)
         inner = 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-        return z * s, s + z * s * (1.0 - s) * inner
+        return z * s, s * (1.0 + z * _sigmoid(-u) * inner)
     elif ACT == "quick_gelu":
         s = _sigmoid(1.702 * z)
-        return z * s, s * (1.0 + 1.702 * z * (1.0 - s))
+        return z * s, s * (1.0 + 1.702 * z * _sigmoid(-1.702 * z))
     elif ACT == "relu":
         return tl.maximum(z, 0.0), tl.where(z > 0.0, 1.0, 0.0)
     elif ACT == "silu":
         s = _sigmoid(z)
-        return z * s, s * (1.0 + z * (1.0 - s))
+        return z * s, s * (1.0 + z * _sigmoid(-z))
     else:
         return z, tl.zeros_like(z) + 1.0

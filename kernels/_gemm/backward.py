@@ -53,7 +53,7 @@ def input_grad_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_m, tile_k = place_tile(M, tl.cdiv(K, BLOCK_K), BLOCK_M, GROUP)
+    tile_m, tile_k = place_tile(tl.program_id(0), M, tl.cdiv(K, BLOCK_K), BLOCK_M, GROUP)
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     m_mask, k_mask = m < M, k < K

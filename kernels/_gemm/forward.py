@@ -18,16 +18,15 @@ from .activation import activate
 
 
 @jit
-def place_tile(M, tiles_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program, walking down GROUP row tiles before moving right.
+def place_tile(tile, M, tiles_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of a tile, walking down GROUP row tiles before moving right.
 
-    Programs that run at one time then read few rows and few weights, which L2 holds.
+    Tiles that are made at one time then read few rows and few weights, which L2 holds.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
-    group = tl.program_id(0) // (GROUP * tiles_n)
-    first = group * GROUP
+    first = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_n)
+    within = tile % (GROUP * tiles_n)
     return first + within % height, within // height
 
 
@@ -98,7 +97,7 @@ def forward_kernel(
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    tile_m, tile_n = place_tile(M, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP)
+    tile_m, tile_n = place_tile(tl.program_id(0), M, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP)
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_mask, n_mask = m < M, n < N
@@ -156,14 +155,21 @@ def take_columns(tile, part: tl.constexpr, PARTS: tl.constexpr):
     """
     if PARTS == 1:
         return tile
+    elif PARTS == 2:
+        return _take_half(tile, part)
+    else:  # not by calling itself: Triton 3.4 would follow that without end
+        return _take_half(_take_half(tile, part // 2), part % 2)
+
+
+@jit
+def _take_half(tile, half: tl.constexpr):
+    rows: tl.constexpr = tile.shape[0]
+    width: tl.constexpr = tile.shape[1] // 2
+    first, second = tl.split(tl.permute(tl.reshape(tile, [rows, 2, width]), [0, 2, 1]))
+    if half == 0:
+        return first
     else:
-        rows: tl.constexpr = tile.shape[0]
-        half: tl.constexpr = tile.shape[1] // 2
-        first, second = tl.split(tl.permute(tl.reshape(tile, [rows, 2, half]), [0, 2, 1]))
-        if part < PARTS // 2:
-            return take_columns(first, part, PARTS // 2)
-        else:
-            return take_columns(second, part - PARTS // 2, PARTS // 2)
+        return second
 
 
 @jit

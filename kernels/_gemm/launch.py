@@ -19,6 +19,7 @@ from .._launch import (
     next_power_of_2,
     sm_count,
 )
+from . import persistent
 from .backward import finish_kernel, input_grad_kernel, norm_finish_kernel, weight_grad_kernel
 from .forward import forward_kernel, statistics_kernel
 
@@ -181,13 +182,20 @@ def forward(
     tokens = 1 if drop_scale is None else rows // max(1, drop_scale.shape[0])
     chunks = 1 if norm.stats is None else norm.stats.shape[1]
     normed = norm.stats is not None or norm.weight is not None
+    weight = weight.contiguous()
+    if not (normed or gated) and persistent.suits(a, weight):
+        persistent.forward(
+            a, weight, dense(bias), pre, stream, dense(layer_scale), dense(drop_scale), out,
+            out_stats, max(1, tokens), activation, GROUP,
+        )  # fmt: skip
+        return
     prologue = "norm" if normed else ""
     config = product_config(rows, features, work(weight, a, stream, prologue=prologue, pair=gated))
     launch(
         forward_kernel,
         (cdiv(rows, config.block_m) * cdiv(features, config.block_n),),
         a,
-        weight.contiguous(),
+        weight,
         dense(bias),
         dense(norm.stats),
         dense(norm.weight),
@@ -254,12 +262,16 @@ def input_grad(
     tokens = 1 if drop_scale is None else rows // max(1, drop_scale.shape[0])
     prologue = "slope" if z is not None else "scale" if layer_scale is not None else ""
     prologue = prologue if as_it_is else prologue or "scale"
+    weight = weight.contiguous()
+    if not prologue and persistent.suits(g, weight):
+        persistent.input_grad(g, weight, dense(pre), hidden, dx, activation, gated, GROUP)
+        return g, hidden
     config = product_config(rows, width, work(weight, g, prologue=prologue))
     launch(
         input_grad_kernel,
         (cdiv(rows, config.block_m) * cdiv(width, config.block_n),),
         g,
-        weight.contiguous(),
+        weight,
         dense(drop_scale),
         dense(layer_scale),
         dense(z),

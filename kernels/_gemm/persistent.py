@@ -21,17 +21,7 @@ from .._launch import TileConfig, capability, cdiv, launch, sm_count
 from .._triton import jit, tl
 from .backward import _finish_tile as finish_input_grad
 from .forward import _finish_tile as finish_forward
-from .forward import take_columns
-
-
-@jit
-def locate_tile(tile, M, tiles_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-    """(row tile, column tile) of a tile by its number, in the order of `place_tile`."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    first = tile // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    within = tile % (GROUP * tiles_n)
-    return first + within % height, within // height
+from .forward import place_tile, take_columns
 
 
 @jit
@@ -65,7 +55,7 @@ def persistent_forward_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tiles_n
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        tile_m, tile_n = locate_tile(tile, M, tiles_n, BLOCK_M, GROUP)
+        tile_m, tile_n = place_tile(tile, M, tiles_n, BLOCK_M, GROUP)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             a = a_tiles.load([tile_m * BLOCK_M, k])
@@ -107,7 +97,7 @@ def persistent_input_grad_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tiles_k
     WIDTH: tl.constexpr = BLOCK_K // PARTS
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        tile_m, tile_k = locate_tile(tile, M, tiles_k, BLOCK_M, GROUP)
+        tile_m, tile_k = place_tile(tile, M, tiles_k, BLOCK_M, GROUP)
         acc = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
         for n in range(0, N, BLOCK_N):
             g = g_tiles.load([tile_m * BLOCK_M, n])

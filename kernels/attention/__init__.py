@@ -459,6 +459,7 @@ def select(impl: str, qkv: Tensor, options: Options, scale: float, dropout_p: fl
         unfit=unfit,
         avoid=avoid,
         detail=detail,
+        peer_unfit=lambda name: flash.problem(name, qkv, options, dropout_p),
     )
 
 

@@ -233,6 +233,8 @@ def aligned(qkv: Tensor) -> Tensor:
     a copy otherwise.
     """
     *steps, last = qkv.stride()
-    if last == 1 and 0 not in steps and all(n % 8 == 0 for n in (qkv.storage_offset(), *steps)):
+    # A compiler can't trace the offset; it aligns what it hands to an operator itself.
+    start = 0 if torch.compiler.is_compiling() else qkv.storage_offset()
+    if last == 1 and 0 not in steps and all(n % 8 == 0 for n in (start, *steps)):
         return qkv
     return qkv.clone(memory_format=torch.contiguous_format)
