@@ -24,6 +24,8 @@ from ._verified import KERNELS as KERNELS
 LIBRARY = torch.library.Library("vitkern", "DEF")
 REGISTRY: dict[str, "Op"] = {}
 
+HALF = (torch.bfloat16, torch.float16)
+
 # What the Triton kernels read and write; everything else (float64, say) is for the portable path.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -25,6 +25,7 @@ from ._gemm.activation import ACTIVATIONS, check_activation, definition
 from ._gemm.portable import linear_act as by_aten
 from ._gemm.portable import through_activation, weight_grad
 from ._op import (
+    HALF,
     KERNELS,
     Arg,
     Sample,
@@ -124,7 +125,9 @@ def _sample(
     }
     label = f"{activation}{' gated' * gated} {'x'.join(map(str, shape))} -> {features}"
     options = {"activation": activation, "gated": gated, "need_pre": pre}
-    return Sample(label + " saved" * pre, args, options)
+    # float32 is left to PyTorch by auto: one activation is enough of it.
+    dtypes = None if activation == "gelu" else HALF
+    return Sample(label + " saved" * pre, args, options, dtypes=dtypes)
 
 
 def flops(x: Tensor, weight: Tensor, **_: Any) -> int:
@@ -270,7 +273,7 @@ def backward_samples(size: str) -> Iterable[Sample]:
         }
         options = {"activation": sample.options["activation"], "gated": gated}
         options |= {"param_dtype": same, "need_x": True, "need_params": True}
-        yield Sample(sample.label, args, options)
+        yield Sample(sample.label, args, options, dtypes=sample.dtypes)
 
 
 def backward_flops(x: Tensor, weight: Tensor, **_: Any) -> int:

@@ -33,6 +33,7 @@ from ._gemm import launch as gemm
 from ._gemm.activation import definition, fused
 from ._gemm.portable import chunk_statistics, linear, through_activation, weight_grad
 from ._op import (
+    HALF,
     KERNELS,
     Arg,
     Sample,
@@ -177,7 +178,9 @@ def _sample(
     }
     label = f"{'x'.join(map(str, shape))} -> {width}{' scale' * scaled}{' drop' * dropped}"
     label += " fp32 stream" * wide + " statistics" * stats
-    return Sample(label, args, {"need_stats": stats})
+    # float32 is left to PyTorch by auto: one width of real models is enough of it.
+    dtypes = HALF if width in (384, 1024, 1280) else None
+    return Sample(label, args, {"need_stats": stats}, dtypes=dtypes)
 
 
 def flops(x: Tensor, weight: Tensor, **_: Any) -> int:
@@ -403,6 +406,7 @@ def backward_samples(size: str) -> Iterable[Sample]:
                 "activation": activation, "gated": gated, "param_dtype": same,
                 "need_x": True, "need_params": True,
             },
+            dtypes=sample.dtypes,
         )  # fmt: skip
 
 

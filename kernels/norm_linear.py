@@ -40,6 +40,7 @@ from ._gemm.portable import (
     weight_grad,
 )
 from ._op import (
+    HALF,
     KERNELS,
     Arg,
     Sample,
@@ -245,7 +246,10 @@ def _sample(
         "eps": 1e-6, "rms": norm == "rms", "normalised": norm == "affine",
         "activation": activation, "gated": gated, "need_saved": saved,
     }  # fmt: skip
-    return Sample(label, args, options, derive=_with_statistics if statistics else None)
+    # float32 is left to PyTorch by auto: one width of real models is enough of it.
+    dtypes = HALF if width in (384, 1024, 1280) else None
+    derive = _with_statistics if statistics else None
+    return Sample(label, args, options, derive=derive, dtypes=dtypes)
 
 
 def _with_statistics(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -484,6 +488,7 @@ def backward_samples(size: str) -> Iterable[Sample]:
                 "rms": options["rms"], "x_dtype": torch.float32 if stream else same,
                 "param_dtype": same, "need_x": True, "need_params": True,
             },
+            dtypes=sample.dtypes,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ That is decided when a kernel is decorated, so before vitkern is imported anywhe
 """
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# On a GPU, verdicts on kernels that tests break on purpose must not outlive the tests.
+_scratch = os.path.join(tempfile.gettempdir(), f"vitkern-{os.getpid()}")
+os.environ.setdefault("VITKERN_CACHE", _scratch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -398,7 +398,7 @@ def patch_embed(
             if t is not None and t.dtype != out_dtype:  # asked first: an export keeps the call
                 out_dtype = torch.promote_types(out_dtype, t.dtype)
     tensors = (images, weight, bias, pos_embed, prefix, mean, std, flip)
-    chosen = choose(PATCH_EMBED, impl, *tensors)
+    chosen = choose(PATCH_EMBED, impl, *tensors, dtype=compute_dtype)
     if chosen == "triton":
         if wants_grad(*tensors):
             return _PatchEmbed.apply(*tensors, pad, compute_dtype, out_dtype)
