@@ -479,7 +479,8 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors that there are, in `dtype`."""
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    # to() costs a microsecond even where there is nothing to do.
+    return tuple([t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors])
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

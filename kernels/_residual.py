@@ -45,4 +45,5 @@ def add_branch(
         branch = branch * layer_scale
     if drop_scale is not None:
         branch = branch * drop_scale.to(branch.dtype)[:, None, None]
-    return (residual + branch).to(residual.dtype)
+    stream = residual + branch
+    return stream if stream.dtype is residual.dtype else stream.to(residual.dtype)

@@ -82,13 +82,25 @@ def portable(
     need_stats: bool,
 ) -> tuple[Tensor, Tensor]:
     """ATen's product, products and sum."""
-    stream: Tensor | None = None
-    if x.is_cpu and layer_scale is drop_scale is None:
-        stream = _onednn.linear(x, weight, bias, residual=residual)
-    if stream is None:
-        branch = linear(x, weight, bias)
-        stream = add_branch(residual, branch, layer_scale, drop_scale, ours=True).contiguous()
+    stream = by_aten(x, weight, bias, residual, layer_scale, drop_scale)
     return stream, _statistics(stream, need_stats)
+
+
+def by_aten(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    drop_scale: Tensor | None,
+) -> Tensor:
+    """`portable` without statistics."""
+    if x.is_cpu and layer_scale is None and drop_scale is None:
+        stream = _onednn.linear(x, weight, bias, residual=residual)
+        if stream is not None:
+            return stream
+    branch = linear(x, weight, bias)
+    return add_branch(residual, branch, layer_scale, drop_scale, ours=True).contiguous()
 
 
 def _statistics(stream: Tensor, need_stats: bool) -> Tensor:
@@ -564,5 +576,9 @@ def run(
     tensors = (x, weight, bias, residual, layer_scale, drop_scale)
     if name in KERNELS and wants_grad(*tensors):
         return _LinearResidual.apply(*tensors, dtype, name)
-    function = LINEAR_RESIDUAL.implementations[name]
-    return function(*cast(dtype, x, weight, bias), residual, layer_scale, drop_scale, False)[0]
+    rows, product, shift = cast(dtype, x, weight, bias)
+    call: Any = (rows, product, shift, residual, layer_scale, drop_scale)
+    if name == "torch":
+        return by_aten(*call)
+    stream: Tensor = LINEAR_RESIDUAL.implementations[name](*call, False)[0]
+    return stream

@@ -107,10 +107,28 @@ def portable(
         rows, spread = (x.to(acc), None) if normalised else _norm.normalise(x.to(acc), eps, rms)
         a = rows if norm_weight is None else rows * norm_weight.to(acc)
         a = a if norm_bias is None else a + norm_bias.to(acc)
+        y, z = linear_act(a.to(weight.dtype), weight, bias, activation, gated, need_saved)
     else:
-        a = _norm.aten_norm(x, norm_weight, norm_bias, eps, rms)
-    y, z = linear_act(a.to(weight.dtype), weight, bias, activation, gated, need_saved)
+        y = z = by_aten(x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated)
     return y, *_saved(z, rows, spread, weight, activation, need_saved)
+
+
+def by_aten(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """`portable` without anything saved."""
+    a = _norm.aten_norm(x, norm_weight, norm_bias, eps, rms)
+    if a.dtype is not weight.dtype:
+        a = a.to(weight.dtype)
+    return linear_act(a, weight, bias, activation, gated, keep=False)[0]
 
 
 def _saved(
@@ -669,8 +687,9 @@ def run(
         return _NormLinear.apply(
             x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated, dtype, name
         )
-    function = NORM_LINEAR.implementations[name]
     weight, bias = cast(dtype, weight, bias)  # type: ignore[assignment]
-    return function(
+    if name == "torch":
+        return by_aten(x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated)
+    return NORM_LINEAR.implementations[name](
         x, norm_weight, norm_bias, weight, bias, None, eps, rms, False, activation, gated, False
     )[0]

@@ -240,36 +240,38 @@ class Block(nn.Module):
         attn = self.attn
         if not plain(attn, Attention):
             return changed("attn")
-        if not (plain_linear(attn.qkv) and plain_linear(attn.proj)):
+        parts: Any = attn._modules  # not by attribute: that takes a microsecond each
+        if not (plain_linear(parts["qkv"]) and plain_linear(parts["proj"])):
             return changed("attn.qkv or attn.proj")
-        if not (idle(attn.attn_drop) and idle(attn.proj_drop)):
+        if not (idle(parts["attn_drop"]) and idle(parts["proj_drop"])):
             return "dropout"
-        if attn.packed_norm() is None and not (
-            plain(attn.q_norm, nn.Identity) and plain(attn.k_norm, nn.Identity)
-        ):
+        identities = plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity)
+        if not identities and attn.packed_norm() is None:
             return changed("attn.q_norm or attn.k_norm")
-        return self._problem(self.norm1, "norm1", self.ls1, self.drop_path1, "1")
+        return self._problem("1")
 
     def mlp_problem(self) -> str | None:
         """Why the MLP half runs module by module; None where it runs fused."""
         mlp = self.mlp
         if not plain(mlp, Mlp):
             return changed("mlp")
-        if not (mlp.plain_layers() and plain_linear(mlp.fc2)):
+        parts: Any = mlp._modules
+        if not (mlp.plain_layers() and plain_linear(parts["fc2"])):
             return changed("a layer of mlp")
-        if not (idle(mlp.drop1) and idle(mlp.drop2)):
+        if not (idle(parts["drop1"]) and idle(parts["drop2"])):
             return "dropout"
-        return self._problem(self.norm2, "norm2", self.ls2, self.drop_path2, "2")
+        return self._problem("2")
 
-    def _problem(
-        self, norm: nn.Module, name: str, ls: nn.Module, drop_path: nn.Module, number: str
-    ) -> str | None:
+    def _problem(self, half: str) -> str | None:
+        """What both halves ask; `half` is the number in the names of its modules."""
+        parts: Any = self._modules
         if self.asked:
             return f"impl names {self.asked}"
-        if not plain(norm, *NORMS):
-            return changed(name)
+        if not plain(parts["norm" + half], *NORMS):
+            return changed("norm" + half)
+        ls, drop_path = parts["ls" + half], parts["drop_path" + half]
         if not (plain(ls, LayerScale, nn.Identity) and plain(drop_path, DropPath, nn.Identity)):
-            return changed(f"ls{number} or drop_path{number}")
+            return changed(f"ls{half} or drop_path{half}")
         return None
 
     def class_token_problem(self) -> str | None:

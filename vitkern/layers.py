@@ -15,14 +15,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
-    """Whether calling `module` does just what its class says, so that a fused op may stand in."""
-    return type(module) in classes and not (
+    """Whether calling `module` does just what its class says, so that a fused op may stand in.
+
+    Twenty times a block: no call in here, not even PyTorch's own for the last line.
+    """
+    if type(module) not in classes:
+        return False
+    return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or torch_module._has_any_global_hook()
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 
