@@ -81,7 +81,10 @@ def width_problem(head_dim: int) -> str | None:
 def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockConfig:
     """Blocks of the forward kernel for this many queries and heads (`programs`)."""
     if case.dtype == torch.float32:  # small, here and below: operands of FMAs wait in registers
-        return BlockConfig(32, 32, 8, 2) if case.plain else BlockConfig(16, 32, 4, 2)
+        if not case.plain:
+            return BlockConfig(16, 32, 4, 2)
+        # Heads of up to 16, with 8 warps, spill two registers.
+        return BlockConfig(32, 32, 8 if case.width > 16 else 4, 2)
     # 128 queries read keys and values half as often as 64 do; but not if more of them are padding,
     # nor if that leaves multiprocessors idle.
     tall = cdiv(queries, 128) * 2 == cdiv(queries, 64) and programs * cdiv(queries, 128) >= sms
