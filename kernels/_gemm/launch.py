@@ -3,7 +3,7 @@
 All configs are predictions: from registers and shared memory as compiled, not from timing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -266,7 +266,10 @@ def input_grad(
     if not prologue and persistent.suits(g, weight):
         persistent.input_grad(g, weight, dense(pre), hidden, dx, activation, gated, GROUP)
         return g, hidden
-    config = product_config(rows, width, work(weight, g, prologue=prologue))
+    this = work(weight, g, prologue=prologue)
+    config = product_config(rows, width, this)
+    if gated and not this.aligned and weight.dtype != torch.float32:
+        config = replace(config, block_m=32)  # an epilogue of five tensors, address by address
     launch(
         input_grad_kernel,
         (cdiv(rows, config.block_m) * cdiv(width, config.block_n),),
