@@ -278,6 +278,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "mlp.act replaced": (lambda b: setattr(b.mlp, "act", nn.Tanh()), "MLP half"),
     "norm2 replaced": (lambda b: setattr(b, "norm2", nn.LayerNorm(48)), "MLP half"),
     "drop_path2 hooked": (lambda b: hook(b.drop_path2), "MLP half"),
+    "mlp compiled": (lambda b: b.mlp.compile(backend="eager"), "MLP half"),
 }
 
 

@@ -376,7 +376,7 @@ def joint_of(
 
 def kept(drop_path: Any) -> bool:
     """Whether this DropPath leaves samples out of the branch, in place of multiplying it by 0."""
-    return isinstance(drop_path, DropPath) and drop_path.subset and drop_path.active
+    return plain(drop_path, DropPath) and drop_path.subset and drop_path.active
 
 
 def changed(what: str) -> str:

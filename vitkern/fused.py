@@ -130,7 +130,8 @@ def attention_half(
             qk_norm.weight, qk_norm.bias, k_norm.weight, k_norm.bias,
             eps=qk_norm.eps, rms=qk_norm.rms,
         )  # fmt: skip
-    tensors = (x, norm.weight, norm.bias, *qkv, *options[:4], *proj, *joint)
+    norms = (options.q_weight, options.q_bias, options.k_weight, options.k_bias)
+    tensors = (x, norm.weight, norm.bias, *qkv, *norms, *proj, *joint)
     first = select_norm_linear(
         how.impl["norm_linear"], x, norm.weight, norm.bias, *qkv, how.dtype, "", False
     )
@@ -138,7 +139,7 @@ def attention_half(
     need_stats = how.need_stats and last != "gluon"  # which leaves none behind
     grad = wants_grad(*tensors)
     middle = ""
-    if KERNELS.issuperset((first, last)) or (how.save and grad):
+    if (first in KERNELS and last in KERNELS) or (how.save and grad):
         # A stand-in: qkv does not exist yet, and its shape decides.
         like = x.new_empty(1, dtype=how.dtype).expand(batch, tokens, 3, heads, head_dim)
         middle = select_attention(how.impl["attention"], like, options, scale)
@@ -147,7 +148,7 @@ def attention_half(
                 how.dtype, norm.eps, norm.rms, how.save == "minimal", need_stats, first, last,
                 middle, scale, options.eps, options.rms, heads,
             )  # fmt: skip
-            parts = (stats, norm.weight, norm.bias, *qkv, *options[:4], *proj, *joint)
+            parts = (stats, norm.weight, norm.bias, *qkv, *norms, *proj, *joint)
             if grad:
                 return Stream(*_AttentionHalf.apply(x, *parts, plan))
             y, *_, stats = _attention_forward(x, *parts, plan, False)
@@ -180,7 +181,7 @@ def mlp_half(
     last = select_linear_residual(how.impl["linear_residual"], *fc2, x, *joint, how.dtype)
     need_stats = how.need_stats and last != "gluon"
     grad = wants_grad(*tensors)
-    if KERNELS.issuperset((first, last)) or (how.save and grad):
+    if (first in KERNELS and last in KERNELS) or (how.save and grad):
         plan = _Plan(
             how.dtype, norm.eps, norm.rms, how.save == "minimal", need_stats, first, last,
             activation=activation, gated=gated,

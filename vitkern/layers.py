@@ -27,6 +27,7 @@ def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None  # module.compile()
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks

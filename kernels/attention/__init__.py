@@ -68,6 +68,7 @@ from .reference import (
     portable,
     reference,
     sdpa_backend,
+    tensors_of,
 )
 from .rope import axial_rope
 
@@ -442,31 +443,34 @@ def select(impl: str, qkv: Tensor, options: Options, scale: float, dropout_p: fl
         unfit["reference"] = "it has no dropout"
     if impl in ATTENTION.peers:  # what asking costs only such a call pays
         unfit[impl] = flash.problem(impl, qkv, options, dropout_p)
-
-    def detail(chosen: str) -> str | None:
-        if chosen in ATTENTION.peers:
-            return flash.describe(chosen, qkv, options, dropout_p)
-        if chosen != "sdpa":
-            return None
-        return f"backend {sdpa_backend(qkv, options, scale, dropout_p)}"
-
     avoid = predicted_slower(qkv, options) if qkv.is_cuda and impl == "auto" else None
     return choose(
         ATTENTION,
         impl,
         qkv,
-        *options[:8],
+        *tensors_of(options),
         unfit=unfit,
         avoid=avoid,
-        detail=detail,
+        detail=lambda name: describe(name, qkv, options, scale, dropout_p),
         peer_unfit=lambda name: flash.problem(name, qkv, options, dropout_p),
     )
+
+
+def describe(
+    name: str, qkv: Tensor, options: Options, scale: float, dropout_p: float
+) -> str | None:
+    """What more there is to say of an implementation: the package, or PyTorch's backend."""
+    if name in ATTENTION.peers:
+        return flash.describe(name, qkv, options, dropout_p)
+    if name != "sdpa":
+        return None
+    return f"backend {sdpa_backend(qkv, options, scale, dropout_p)}"
 
 
 def run(name: str, qkv: Tensor, options: Options, scale: float, dropout_p: float = 0.0) -> Tensor:
     """`attention` by the implementation `name`, with its gradient, of arguments known to fit."""
     if name == "triton":
-        if wants_grad(qkv, *options[:8]):
+        if wants_grad(qkv, *tensors_of(options)):
             return _Attention.apply(qkv, *options, scale)
         return ATTENTION.call(qkv, *options, scale, False)[0]
     if name in ATTENTION.peers:

@@ -65,6 +65,13 @@ class Options(NamedTuple):
     max_seqlen: int = 0
 
 
+def tensors_of(options: Options) -> tuple[Tensor | None, ...]:
+    """The tensors of these options, in order: all but the last four fields."""
+    o = options  # field by field: PyTorch 2.8's compiler can't trace a slice of a NamedTuple
+    norms = (o.q_weight, o.q_bias, o.k_weight, o.k_bias)
+    return (*norms, o.sin, o.cos, o.key_mask, o.cu_seqlens)
+
+
 class Heads(NamedTuple):
     """Queries, keys and values [B, H, N, d] as the product takes them, and who may be attended."""
 
