@@ -1,4 +1,4 @@
-"""What `add_layer_norm` and `residual_add` share: the addition of a branch to the stream."""
+"""What ops that end a branch share: its addition to the stream, in PyTorch, and the checks."""
 
 import torch
 from torch import Tensor

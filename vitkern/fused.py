@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vitkern.kernels._op import KERNELS, Op, cast, wants_grad
+from vitkern.kernels._op import KERNELS, Op, cast, note, wants_grad
 from vitkern.kernels.attention import ATTENTION, ATTENTION_BACKWARD, needs_stats
 from vitkern.kernels.attention import run as run_attention
 from vitkern.kernels.attention import select as select_attention
@@ -158,6 +158,8 @@ def attention_half(
     ).view(batch, tokens, 3, heads, head_dim)
     if not middle:
         middle = select_attention(how.impl["attention"], packed, options, scale)
+    if how.save and grad:
+        note("attention half", "op by op", f"save={how.save!r} has no {middle} attention")
     out = run_attention(middle, packed, options, scale)
     return Stream(run_linear_residual(last, out, *proj, x, *joint, how.dtype))
 

@@ -255,10 +255,10 @@ class ViT(nn.Module):
 
     def _run_blocks(self, x: Tensor, class_token_only: bool = False) -> Tensor:
         """All tokens after the blocks; of the last one only the first token, if that is enough."""
-        if not plain(self.blocks, nn.Sequential):
+        save_memory = self.grad_checkpointing and self.training
+        if not (save_memory or plain(self.blocks, nn.Sequential)):
             return self.blocks(x)
         stream, last = Stream(x), len(self.blocks) - 1
-        save_memory = self.grad_checkpointing and self.training
         block: Any
         for i, block in enumerate(self.blocks):
             if not plain(block, Block):
@@ -282,9 +282,11 @@ class ViT(nn.Module):
         """Why the last block has to compute more than the class token."""
         if self.global_pool != "token" or self.attn_pool is not None:
             return "the pool reads all tokens"
-        last = self.blocks[-1]
-        if not (plain(self.norm, *NORMS, nn.Identity) and plain(last, Block)):
-            return "norm or the last block was replaced, wrapped or hooked"
+        if not (plain(self.norm, *NORMS, nn.Identity) and plain(self.blocks, nn.Sequential)):
+            return "norm or blocks was replaced, wrapped or hooked"
+        last = self.blocks[-1] if len(self.blocks) else None
+        if last is None or not plain(last, Block):
+            return "the last block was replaced, wrapped or hooked"
         for name in ("forward_features", "forward_head", "pool", "embed"):
             if name in self.__dict__ or getattr(type(self), name) is not getattr(ViT, name):
                 return f"{name} was overridden"
