@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from .results import A_A_BOUND, Results, Row, ratio, sections
+from .results import A_A_BOUND, Results, Row, ratio, sections, short
 
 OURS, OWN, OTHERS = "#0b7285", "#66b2bf", "#e8590c"
 ROWS = 40  # groups in one picture
-PANELS = 24  # groups with memory bars
+PANELS = 12  # groups with memory bars
 STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -26,10 +26,10 @@ STYLE: dict[str, Any] = {
 # By verdict: what the legend says, the full colour, and a hatch.
 LEGEND = {
     "win": ("vitkern is faster", "#2f9e44", None),
-    "even": ("within A/A", "#d0d0d0", None),
+    "even": ("even: within A/A", "#d0d0d0", None),
     "loss": ("vitkern is slower: a loss", "#e03131", None),
     "own": ("another variant of vitkern", "#d6eaf8", None),
-    "missed": ("the same, and auto had better taken it", "#f59f00", None),
+    "missed": ("another of vitkern's, that auto had better taken", "#f59f00", None),
     "ours": ("what auto takes", "#ffffff", None),
     "wrong": ("failed its parity check: no speed-up", "#ffffff", "xxxx"),
     "void": ("vitkern is wrong or has no time", "#ffffff", ".."),
@@ -130,7 +130,7 @@ def memory(results: Results) -> dict[str, list[Row]]:
         if case["step"] == "train" and any(row.get("peak_bytes") for row in rows):
             key = (case["model"], case["precision"])
             largest[key] = max(largest.get(key, (0, "")), (case["batch"], group))
-    names = [group for _, group in largest.values()][:PANELS]
+    names = [group for _, group in largest.values()]
     return {name: [row for row in groups[name] if row.get("peak_bytes")] for name in names}
 
 
@@ -171,7 +171,10 @@ def draw(results: Results, folder: Path) -> tuple[dict[str, str], list[str]]:
             add(f"roofline-{dtype}.png", figure, f"Roofline, {dtype}")
         if bars := memory(results):
             caption = "Peak memory of a training step, largest batch of each model and precision"
-            add("memory.png", draw_memory(bars, results.device), caption)
+            if len(bars) > PANELS:
+                caption += f"; the first {PANELS} of {len(bars)}, all others are in the tables"
+            first = dict(list(bars.items())[:PANELS])
+            add("memory.png", draw_memory(first, results.device), caption)
         else:
             missing.append("memory: no training step has a peak")
         if proxies := results.of("proxy"):
@@ -186,11 +189,15 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def shade(verdict: str, value: float | None) -> tuple[float, float, float]:
-    """The verdict's colour; of wins and losses the paler the nearer to 1, full from 2 times on."""
+    """The verdict's colour; of wins and losses the paler the nearer to 1, full from 2 times on.
+
+    No loss is so small that it is pale.
+    """
     full = mpl.colors.to_rgb(LEGEND[verdict][1])
     if verdict not in ("win", "loss") or value is None:
         return full
-    strength = 0.25 + 0.75 * min(1.0, max(value, 1 / value) - 1)
+    least = 0.6 if verdict == "loss" else 0.25
+    strength = least + (1 - least) * min(1.0, max(value, 1 / value) - 1)
     return tuple(1 - strength * (1 - part) for part in full)  # type: ignore[return-value]
 
 
@@ -198,7 +205,8 @@ def draw_grid(results: Results, level: str, part: Grid) -> Figure:
     """Rows are groups, columns rivals; a cell is the speed-up."""
     rows, columns = len(part.groups), len(part.columns)
     label = max(map(len, part.groups)) * 0.075 + 0.9  # inches
-    used = [verdict for verdict in LEGEND if verdict in {v for v, _ in part.cells.values()}]
+    found = {verdict for (_, impl), (verdict, _) in part.cells.items() if impl in part.columns}
+    used = [verdict for verdict in LEGEND if verdict in found]
     width, lines = max(label + 0.95 * columns + 0.3, 9.0), -(-len(used) // 3)
     figure = Figure(figsize=(width, 1.9 + 0.27 * rows + 0.25 * lines), layout="constrained")
     axes = figure.subplots()
@@ -228,8 +236,7 @@ def draw_grid(results: Results, level: str, part: Grid) -> Figure:
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     figure.suptitle(
-        f"{level.capitalize()}s on {results.device}: time of ... / time of vitkern "
-        "(above 1 vitkern is faster)",
+        f"{level.capitalize()}s on {results.device}: speed-up of vitkern against ...",
         x=0.01,
         ha="left",
         weight="bold",
@@ -239,7 +246,9 @@ def draw_grid(results: Results, level: str, part: Grid) -> Figure:
         for v in used
         if v != "ours" or level == "op"
     ]
-    figure.legend(handles=legend, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    nowhere = f"In none of these groups: {', '.join(part.nowhere)}" if part.nowhere else None
+    look = {"ncols": 3, "frameon": False, "fontsize": 9, "alignment": "left", "title": nowhere}
+    figure.legend(handles=legend, loc="outside lower left", title_fontsize=9, **look)
     return figure
 
 
@@ -268,18 +277,13 @@ def draw_roofline(
                 alpha=0.8,
             )
         axes.set(title=panel, xscale="log", yscale="log", xlim=(low, high))
+        axes.tick_params(labelbottom=True, labelsize=9)
         axes.grid(alpha=0.25)
     for axes in grid_of_axes.flat[len(panels) :]:
         axes.set_visible(False)
     ceiling = f"{roof / 1e12:.3g} TFLOP/s" if roof else f"no ceiling measured in {dtype}"
-    figure.suptitle(
-        f"Roofline, {dtype} on {device}: {ceiling}, {memory_rate / 1e12:.3g} TB/s",
-        x=0.01,
-        ha="left",
-        weight="bold",
-    )
-    figure.supxlabel("FLOPs a byte, as declared for a perfect kernel", size=10)
-    figure.supylabel("FLOP/s", size=10)
+    title = f"Roofline, {dtype} on {device}, measured: {ceiling}, {memory_rate / 1e12:.3g} TB/s"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
     looks: list[tuple[str, str, str, str]] = [
         ("forward, ours", "o", OURS, OURS),
         ("backward or training, ours", "^", OURS, OURS),
@@ -290,7 +294,9 @@ def draw_roofline(
         Line2D([], [], linestyle="", label=text, marker=m, color=c, markerfacecolor=inner)
         for text, m, c, inner in looks
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    text = "Up: FLOP/s. Across: FLOPs a byte. Both are counted as for a perfect kernel."
+    look = {"frameon": False, "alignment": "left", "title": text, "title_fontsize": 9}
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9, **look)
     return figure
 
 
@@ -301,18 +307,18 @@ def draw_memory(bars: dict[str, list[Row]], device: str) -> Figure:
     most = max(map(len, bars.values()))
     size = (1 + 6.2 * columns, 0.6 + height * (0.8 + 0.26 * most))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False).flat
+    panels = list(figure.subplots(height, columns, squeeze=False).flat)
     for axes, (group, rows) in zip(panels, bars.items(), strict=False):
         values = [row["peak_bytes"] / 2**30 for row in rows]
         colors = [OURS if r.get("ours") else OWN if r.get("own") else OTHERS for r in rows]
         drawn = axes.barh([row["impl"] for row in rows], values, color=colors)
-        axes.bar_label(drawn, fmt="{:,.3g}", padding=3, size=9)
+        axes.bar_label(drawn, [*map(short, values)], padding=3, size=9)
         axes.invert_yaxis()
         axes.set_title(group, size=10)
         axes.set(xticks=[], xlim=(0, 1.12 * max(values)))
         axes.tick_params(axis="y", labelsize=9, length=0)
         axes.spines["bottom"].set_visible(False)
-    for axes in panels:
+    for axes in panels[len(bars) :]:
         axes.set_visible(False)
     text = f"Peak memory of a training step in GiB, beyond what was held before it, on {device}"
     figure.suptitle(text, x=0.01, ha="left", weight="bold")
@@ -345,7 +351,7 @@ def draw_proxies(rows: list[Row]) -> Figure:
             names = [row["impl"] for row in own]
             colors = [OURS if name.startswith("vitkern") else OTHERS for name in names]
             drawn = axes.barh(names, [value or 0 for value in values], color=colors)
-            labels = ["not counted" if value is None else f"{value:,.3g}" for value in values]
+            labels = ["not counted" if value is None else short(value) for value in values]
             axes.bar_label(drawn, labels, padding=3, size=9)
             axes.invert_yaxis()
             axes.set_title(title, size=10, weight="normal")

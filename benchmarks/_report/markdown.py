@@ -19,6 +19,7 @@ from .results import (
     ratio,
     read,
     sections,
+    short,
     stats,
     table,
 )
@@ -70,7 +71,7 @@ def markdown(results: Results, pictures: dict[str, str], missing: Sequence[str])
     lines += [*_in_short(results), *_losses(results), *_failed_parity(results), "## Pictures", ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", "", caption, ""]
-    lines += [f"- Not drawn: {what}" for what in missing] + [""]
+    lines += [*(f"- Not drawn: {what}" for what in missing), *([""] if missing else [])]
     for level in LEVELS:
         lines += _times(results, level)
     lines += [*_proxies(results), *_absent(results), *_left_out(results), *_run(results)]
@@ -208,7 +209,7 @@ def _time(results: Results, row: Row) -> list[str]:
         speed_up,
         "" if roofline is None else f"{100 * roofline:.0f} %",
         mib(row.get("peak_bytes")),
-        "" if images is None else f"{images:,.4g}",
+        "" if images is None else short(images),
     ]
 
 
@@ -241,9 +242,12 @@ def _absent(results: Results) -> list[str]:
 
 
 def _left_out(results: Results) -> list[str]:
+    absent = {(row["impl"], row["why"]) for row in results.of("absent")}
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in results.of("left out"):
-        reasons.setdefault((row["impl"], row["why"]), []).append(row["group"])
+        reason = (row["impl"], row["why"])
+        if reason not in absent:
+            reasons.setdefault(reason, []).append(row["group"])
     made = []
     for (impl, why), groups in reasons.items():
         more = f", and {len(groups) - 3} more" if len(groups) > 3 else ""
@@ -257,7 +261,8 @@ def _run(results: Results) -> list[str]:
     apart = ("card", "packages", "nvidia_smi", "nvidia_smi_clocks")
     facts = {k: v for k, v in environment.items() if k not in apart}
     packages = environment.get("packages", {})
-    facts |= {**environment.get("card", {}), **{k: v for k, v in packages.items() if v}}
+    facts |= {f"card, {key}": value for key, value in environment.get("card", {}).items()}
+    facts |= {key: value for key, value in packages.items() if value}
     facts["not installed"] = ", ".join(k for k, v in packages.items() if not v) or "none of them"
     facts |= {key: about[key] for key in ("policy", "grid", "device") if key in about}
     if ceilings := results.about("ceilings"):

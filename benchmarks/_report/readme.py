@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .._cases import save
-from .results import Results, Row, describe, many, ratio, read, table
+from .results import Results, Row, describe, many, ratio, read, short, table
 
 ROOT = Path(__file__).parents[2]
 MARKS = ("<!-- results -->", "<!-- /results -->")
@@ -61,7 +61,7 @@ def readme_table(folder: Path) -> str:
         if results.device == "CPU":
             about.insert(1, f"{results.environment.get('cpu_threads')} threads")
         about += [f"{k} {packages[k]}" for k in ("torch", "timm") if packages.get(k)]
-        text += [f"{', '.join(about)} (`{file}`); x: how many times as fast as", ""]
+        text += [f"{', '.join(about)} (`{file}`):", ""]
         text += [*_table(results), _summary(results), ""]
     return "\n".join(text).rstrip()
 
@@ -78,8 +78,9 @@ def _table(results: Results) -> list[str]:
         plain = [[row for row in rivals if row["impl"] == name] for name in ("eager", "timm")]
         compiled = [row for row in rivals if "compile" in row["impl"]]
         cells = [_nearest(results, rows) for rows in (*plain, compiled)]
-        made.append((group, f"{ours['images_per_s']:,.4g}", *cells))
-    return table(("", "vitkern, images/s", "eager", "timm", "the best torch.compile"), made)
+        made.append((group, short(ours["images_per_s"]), *cells))
+    head = ("", "vitkern, images/s", "speed-up against eager", "against timm")
+    return table((*head, "against the best torch.compile"), made)
 
 
 def _shown(groups: dict[str, list[Row]]) -> list[str]:

@@ -246,9 +246,14 @@ def duration(seconds: Stats) -> str:
     return f"{stats(vars(seconds), scale):.4g} {unit}"
 
 
+def short(number: float) -> str:
+    """Three digits or more."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
 def mib(number: float | None) -> str:
     """Bytes in MiB; empty for None."""
-    return "" if number is None else f"{number / 2**20:,.4g}"
+    return "" if number is None else short(number / 2**20)
 
 
 def many(number: int, noun: str) -> str:
