@@ -44,20 +44,49 @@ def parser() -> argparse.ArgumentParser:
     sanitize.add_argument("--op", nargs="+", help="these ops only (default: all)")
     sanitize.add_argument("--no-symbolic", action="store_true", help="leave triton-viz out")
 
-    cpu = commands.add_parser(
-        "cpu",
-        help="vitkern.ViT against timm on this CPU, as ratios of neighbouring calls",
-        description="Time vitkern.ViT and timm's eager model in turns: median of the pairs' "
-        "ratios, with quartiles and an A/A control.",
+    report = commands.add_parser(
+        "report",
+        help="tables and pictures of what `pytest benchmarks` measured",
+        description="Write report.md and its pictures from files that `pytest benchmarks` or "
+        "`python -m benchmarks gpu` wrote, or pytest-benchmark's --benchmark-json.",
     )
-    cpu.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here")
-    cpu.add_argument("--seconds", type=float, default=4, help="a ratio, default: %(default)s")
+    report.add_argument("results", type=Path, nargs="+", metavar="RESULTS")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: the folder of the first file"
+    )
+
+    compare = commands.add_parser(
+        "compare",
+        help="what got faster or slower from one run to another",
+        description="Compare two runs, contender by contender. Exit code 1: one of ours is slower "
+        "by more than both runs scatter.",
+    )
+    compare.add_argument("before", type=Path, metavar="A")
+    compare.add_argument("after", type=Path, metavar="B")
+
+    commands.add_parser(
+        "readme",
+        help="write the README's table anew from benchmarks/results",
+        description="Write the table between the markers in README.md anew, from the newest "
+        "results of each device in benchmarks/results.",
+    )
+
+    proxies = commands.add_parser(
+        "proxies",
+        help="launches, bytes moved and bytes saved of a block, counted without a GPU",
+        description="Count what one transformer block launches, moves and keeps for its backward "
+        "pass: as vitkern, eager PyTorch and timm run it, and as torch.compile would.",
+    )
+    proxies.add_argument("model", nargs="?", default="vit_base_patch16_224", help="%(default)s")
+    proxies.add_argument("--batch", type=int, default=256, help="default: %(default)s")
+    proxies.add_argument("--json", type=Path, metavar="FILE", help="append the rows here")
 
     gpu = commands.add_parser(
         "gpu",
-        help="everything that needs an NVIDIA GPU: tests, parity, times",
-        description="Run the GPU tests, check every op and model against float64, then time them. "
-        "Exit code 0: all is right; 1: something is wrong; 2: there is no GPU.",
+        help="everything that needs an NVIDIA GPU: tests, parity, times, tuning",
+        description="Run the GPU tests, hold every kernel against float64, time models and ops "
+        "beside all peers that are installed, and tune, the most valuable first. Exit code 0: "
+        "all is right; 1: something is wrong; 2: there is no GPU.",
     )
     gpu.add_argument("--minutes", type=float, default=10, help="time budget, default: %(default)s")
     gpu.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="DIR")
@@ -108,10 +137,22 @@ def main(arguments: list[str] | None = None) -> int:
 
             symbolic = not options.no_symbolic and find_spec("triton_viz") is not None
             return _sanitize.main(choose_ops(options.op), symbolic)
-        if options.command == "cpu":
-            from . import _cpu
+        if options.command == "report":
+            from ._report import main_report
 
-            return _cpu.main(options.json, options.seconds)
+            return main_report(options.results, options.out or options.results[0].parent)
+        if options.command == "compare":
+            from ._report import main_compare
+
+            return main_compare(options.before, options.after)
+        if options.command == "readme":
+            from ._report import main_readme
+
+            return main_readme()
+        if options.command == "proxies":
+            from . import _proxies
+
+            return _proxies.main(options.model, options.batch, options.json)
         if options.command == "gpu":
             import torch
 

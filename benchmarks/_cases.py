@@ -62,6 +62,11 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op.name} [{self.sample.label}] {dtype_name(self.dtype)}"
 
+    def as_dict(self) -> dict[str, Any]:
+        """Its words, for tables."""
+        dtype = dtype_name(self.dtype)
+        return {"op": self.op.name, "sample": self.sample.label, "dtype": dtype}
+
     def meta(self) -> dict[str, Any]:
         """The op's arguments without memory or values, so that large samples cost nothing."""
         return self.sample.make("meta", self.dtype)

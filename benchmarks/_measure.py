@@ -2,12 +2,14 @@
 
 import datetime
 import platform
+import random
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,32 @@ import torch
 from torch import Tensor
 
 from vitkern.kernels._error_budget import parity as parity
+from vitkern.kernels._op import dtype_name
+
+# Whose versions a measurement depends on.
+PACKAGES = (
+    "vitkern",
+    "torch",
+    "triton",
+    "numpy",
+    "timm",
+    "torchvision",
+    "transformers",
+    "vit-pytorch",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "xformers",
+    "apex",
+    "transformer-engine",
+    "liger-kernel",
+    "quack-kernels",
+    "onnxruntime",
+    "openvino",
+)
 
 Call = Callable[[], Any]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -50,8 +76,9 @@ class Timer:
     card. CPU: the wall clock, caches as they are.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
         self.device = device
+        self.clock = clock
         self.policy = "wall clock; caches warm"
         self._flush: Tensor | None = None
         if device.type == "cuda":
@@ -60,25 +87,28 @@ class Timer:
             self._flush = torch.empty(size, dtype=torch.uint8, device=device)
             self.policy = f"CUDA events; L2 ({l2 >> 20} MiB) flushed by a write of {size >> 20} MiB"
 
+    def _record(self, call: Call) -> Callable[[], float]:
+        """Make one call; what comes back tells its time, once the device is through with it."""
+        if self._flush is None:
+            start = self.clock()
+            call()
+            seconds = self.clock() - start
+            return lambda: seconds
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        first.record()
+        call()
+        last.record()
+        return lambda: first.elapsed_time(last) / 1e3
+
+    def _read(self, records: Iterable[Callable[[], float]]) -> list[float]:
+        if self._flush is not None:
+            torch.cuda.synchronize(self.device)
+        return [record() for record in records]
+
     def samples(self, call: Call, n: int) -> list[float]:
         """`n` timings of one call each, without a warm-up."""
-        if self._flush is None:
-            times = []
-            for _ in range(n):
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-            return times
-        events = []
-        for _ in range(n):
-            start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
-            start_event.record()
-            call()
-            end_event.record()
-            events.append((start_event, end_event))
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
+        return self._read([self._record(call) for _ in range(n)])
 
     def __call__(self, call: Call, seconds: float = 0.2, least: int = 5, most: int = 200) -> Stats:
         """Warm up, then time `call` for about `seconds`."""
@@ -86,18 +116,26 @@ class Timer:
         estimate = statistics.median(self.samples(call, 3))
         return Stats.of(self.samples(call, repeats(estimate, seconds, least, most)))
 
-    def paired(self, a: Call, b: Call, seconds: float = 2.0) -> Stats:
-        """time(a) / time(b) of neighbouring calls A B A B..., so that drift hits both alike."""
-        for call in (a, b):
+    def in_turns(
+        self, calls: Mapping[str, Call], seconds: float, least: int = 5, most: int = 200
+    ) -> dict[str, list[float]]:
+        """Timings of several calls by name, the nth of each from the same round.
+
+        A round makes every call once, in an order of its own, so that drift, and the caches and
+        clocks that one call leaves to the next, hit all alike; `seconds` are for each call.
+        """
+        for call in calls.values():
             self.samples(call, 2)
-        estimate = self.samples(a, 1)[0] + self.samples(b, 1)[0]
-        ratios = []
-        for n in range(repeats(estimate, seconds, 5, 200)):
-            # Either may go first: what runs second finds caches and clocks that the other left.
-            pair = ((a, b), (b, a))[n % 2]
-            first, second = (self.samples(call, 1)[0] for call in pair)
-            ratios.append(first / second if n % 2 == 0 else second / first)
-        return Stats.of(ratios)
+        estimate = sum(self.samples(call, 1)[0] for call in calls.values())
+        rounds = repeats(estimate, seconds * len(calls), least, most)
+        shuffle = random.Random(0).shuffle
+        records: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
+        order = list(calls)
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                records[name].append(self._record(calls[name]))
+        return {name: self._read(made) for name, made in records.items()}
 
 
 def repeats(estimate: float, seconds: float, least: int, most: int) -> int:
@@ -107,32 +145,34 @@ def repeats(estimate: float, seconds: float, least: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device does at best, measured in the same run."""
+    """What this device does at best, measured in the same run: FLOP/s by dtype, and bytes/s."""
 
-    flops_per_s: float
+    flops_per_s: dict[str, float]
     bytes_per_s: float
     matmul: str
     copy: str
 
     @classmethod
-    def measure(cls, timer: Timer) -> "Ceilings":
-        """A large bfloat16 product (float32 on a CPU) and a large copy, read plus written."""
+    def measure(cls, timer: Timer, dtypes: Iterable[torch.dtype]) -> "Ceilings":
+        """A large square product in each dtype, and a large copy, read plus written."""
         cuda = timer.device.type == "cuda"
-        n, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
-        size = 1 << 30 if cuda else 1 << 25
-        a, b = (torch.randn(n, n, device=timer.device, dtype=dtype) for _ in range(2))
+        n, size = (8192, 1 << 30) if cuda else (1024, 1 << 25)
+        rates = {}
+        for dtype in dtypes:
+            a, b = (torch.randn(n, n, device=timer.device).to(dtype) for _ in range(2))
+            rates[dtype_name(dtype)] = 2 * n**3 / timer(partial(torch.matmul, a, b)).median
         source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=timer.device)
         target = torch.empty_like(source)
         return cls(
-            flops_per_s=2 * n**3 / timer(lambda: a @ b).median,
+            flops_per_s=rates,
             bytes_per_s=2 * size / timer(lambda: target.copy_(source)).median,
-            matmul=f"{n}^3 {dtype}",
+            matmul=f"{n}^3",
             copy=f"{size >> 20} MiB, read and written",
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def seconds(self, flops: int, moved: int, dtype: torch.dtype) -> float:
+        """The least time for so much work: the longer of computing and moving."""
+        return max(flops / self.flops_per_s[dtype_name(dtype)], moved / self.bytes_per_s)
 
 
 def _output(*command: str) -> str | None:
@@ -146,7 +186,8 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _versions(*packages: str) -> dict[str, str | None]:
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of installed distributions; None for the others."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -166,16 +207,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
-        "packages": _versions(
-            "vitkern",
-            "torch",
-            "triton",
-            "timm",
-            "numpy",
-            "flash-attn",
-            "flash-attn-3",
-            "flash-attn-4",
-        ),
+        "packages": versions(PACKAGES),
         "cuda": torch.version.cuda,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

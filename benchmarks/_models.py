@@ -1,16 +1,26 @@
-"""The models that are compared: vitkern.ViT, EagerViT in plain PyTorch, and timm where it is."""
+"""Contests between whole models: one network with equal weights, by everyone's implementation.
+
+The images timed are two distinct ones, again and again, so that logits and gradients of the very
+calls that are timed can be held against float64: a mean over copies has the gradients of one.
+"""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitkern
+from vitkern import roofline
+
+from ._contest import Contender, Contest, Ready, Unfit
+from ._measure import Call, Ceilings, parity
+from .peers.networks import RIVALS, Network
 
 # A network for checking the machinery where the real ones would take minutes.
 TOY = {
@@ -22,6 +32,11 @@ TOY = {
     "num_classes": 10,
 }
 
+OURS = "vitkern"
+
+# Of these there is a CUDA graph, too.
+GRAPHS = (OURS, "eager", "timm")
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -30,6 +45,11 @@ class Precision:
     name: str
     weights: torch.dtype
     autocast: torch.dtype | None = None
+
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype in which products run."""
+        return self.autocast or self.weights
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Autocast, or nothing."""
@@ -41,59 +61,69 @@ class Precision:
 FLOAT32 = Precision("float32", torch.float32)
 AUTOCAST = Precision("bf16 autocast", torch.float32, torch.bfloat16)
 BFLOAT16 = Precision("bf16", torch.bfloat16)
+FLOAT64 = Precision("float64", torch.float64)
 
 
-def build(name: str, timm: bool = True) -> dict[str, nn.Module]:
-    """The networks of one timm name ("toy" for `TOY`), with equal weights, by implementation."""
+@dataclass(frozen=True)
+class Setting:
+    """What is timed of a model: "forward", without a graph, or "train": forward, loss, backward.
+
+    name: timm's, or "toy". side: of the square images; None for what the name says.
+    """
+
+    name: str
+    batch: int
+    step: str
+    precision: Precision = FLOAT32
+    side: int | None = None
+
+    def __str__(self) -> str:
+        side = "" if self.side is None else f" {self.side} px"
+        return f"{self.name}{side} b{self.batch} {self.step} {self.precision.name}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its words, for tables."""
+        name = self.name if self.side is None else f"{self.name} {self.side} px"
+        precision = self.precision.name
+        return {"model": name, "batch": self.batch, "step": self.step, "precision": precision}
+
+
+@lru_cache(maxsize=1)
+def ours(name: str, side: int | None = None) -> vitkern.ViT:
+    """The network of one timm name ("toy" for `TOY`), with the same random weights every time.
+
+    On the CPU, in float32, and to copy from: it is the same object every time, too.
+    """
+    options: dict[str, Any] = {} if side is None else {"img_size": side}
     torch.manual_seed(0)
     if name == "toy":
-        ours = vitkern.ViT(**TOY)  # type: ignore[arg-type]
+        model = vitkern.ViT(**{**TOY, **options})
     else:
-        ours = vitkern.create_model(name)
+        model = vitkern.create_model(name, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a fresh head is zero in places, and zeros hide mistakes
-        for p in ours.parameters():
+        for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.02)
-    models: dict[str, nn.Module] = {"vitkern": ours, "eager": vitkern.EagerViT(ours.config)}
-    if timm and find_spec("timm") is not None:
-        import timm as timm_package
-
-        if name == "toy":
-            models["timm"] = timm_package.models.VisionTransformer(**TOY)
-        else:
-            models["timm"] = timm_package.create_model(name)
-    for model in models.values():
-        model.load_state_dict(ours.state_dict())
-    return models
-
-
-def classes(model: nn.Module) -> tuple[int, int]:
-    """(image side, number of classes) of a vitkern model."""
-    config = model.config
-    assert isinstance(config, vitkern.ViTConfig)
-    return config.img_size[0], config.num_classes
-
-
-def forward_flops(model: nn.Module) -> int:
-    """FLOPs an image of a vitkern model's matrix products; training has three times these."""
-    c = model.config
-    assert isinstance(c, vitkern.ViTConfig)
-    dim, patches = c.embed_dim, c.grid_size[0] * c.grid_size[1]
-    tokens = patches + c.num_prefix_tokens
-    layer = 2 * tokens * dim * (4 * dim + 2 * c.hidden_dim) + 4 * tokens**2 * dim
-    embed = 2 * patches * dim * c.in_chans * c.patch_size[0] * c.patch_size[1]
-    return c.depth * layer + embed + 2 * dim * c.num_classes
+    return model
 
 
 def batch(
-    model: nn.Module, size: int, device: torch.device, dtype: torch.dtype
+    config: vitkern.ViTConfig, size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Random images [B, 3, S, S] and labels [B] for a vitkern model."""
-    side, number = classes(model)
+    """Images [B, C, H, W] and labels [B]: at most two distinct ones, repeated."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(size, 3, side, side, generator=generator)
-    labels = torch.randint(0, number, (size,), generator=generator)
-    return images.to(device, dtype), labels.to(device)
+    images = torch.randn(2, config.in_chans, *config.img_size, generator=generator)
+    labels = torch.randint(0, config.num_classes, (2,), generator=generator)
+    nth = torch.arange(size) % 2
+    return images.to(device, dtype)[nth.to(device)], labels[nth].to(device)
+
+
+class Outcome(NamedTuple):
+    """What a step computes: logits, d loss / d images, and gradients by parameter."""
+
+    logits: Tensor
+    d_images: Tensor
+    grads: dict[str, Tensor]
 
 
 def forward(model: Callable[..., Tensor], images: Tensor, precision: Precision) -> Tensor:
@@ -102,35 +132,186 @@ def forward(model: Callable[..., Tensor], images: Tensor, precision: Precision) 
         return model(images)
 
 
-def train_step(
-    model: nn.Module, call: Callable[..., Tensor], images: Tensor, labels: Tensor, p: Precision
-) -> None:
+def train(
+    module: nn.Module, call: Callable[..., Tensor], images: Tensor, labels: Tensor, p: Precision
+) -> Tensor:
     """Forward, loss and backward into fresh gradients; optimizers are the same for all models."""
-    model.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)
     with p.context(images.device):
-        loss = F.cross_entropy(call(images).float(), labels)
+        logits = call(images)
+        loss = F.cross_entropy(logits.float(), labels)
     loss.backward()
+    return logits.detach()
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Of every parameter that has one; they are taken away from it."""
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return found
 
 
 def outcome(
-    model: nn.Module, call: Callable[..., Tensor], images: Tensor, labels: Tensor, p: Precision
-) -> list[Tensor]:
-    """Logits, and all gradients of a training step as one vector."""
-    logits = forward(call, images, p)
-    train_step(model, call, images, labels, p)
-    ordered = sorted(model.named_parameters())
-    grads = [v.grad.flatten() for _, v in ordered if v.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return [logits, torch.cat(grads)]
+    network: Network, images: Tensor, labels: Tensor, precision: Precision, train_too: bool
+) -> Outcome:
+    """Of a plain call, without a timer."""
+    if not train_too or network.module is None:
+        return Outcome(forward(network.call, images, precision), images[:0], {})
+    images = images.detach().requires_grad_()
+    logits = train(network.module, network.call, images, labels, precision)
+    assert images.grad is not None
+    return Outcome(logits, images.grad, gradients(network.module))
 
 
-def exact_outcome(name: str, device: torch.device, size: int = 2) -> list[Tensor]:
-    """Logits and gradients of the plain network in float64."""
-    models = build(name, timm=False)
-    model = models["eager"].to(device, torch.float64)
-    images, labels = batch(models["vitkern"], size, device, torch.float64)
-    with torch.no_grad():
-        logits = model(images)
-    F.cross_entropy(model(images), labels).backward()
-    grads = [v.grad.flatten() for _, v in sorted(model.named_parameters()) if v.grad is not None]
-    return [logits, torch.cat(grads)]
+@lru_cache(maxsize=2)
+def reference(
+    name: str,
+    side: int | None,
+    size: int,
+    precision: Precision,
+    device: torch.device,
+    train_too: bool,
+) -> Outcome:
+    """Of plain PyTorch on as many images."""
+    model = ours(name, side)
+    eager = vitkern.EagerViT(model.config)
+    eager.load_state_dict(model.state_dict())
+    eager.to(device, precision.weights)
+    images, labels = batch(model.config, size, device, precision.weights)
+    return outcome(Network(eager, eager), images, labels, precision, train_too)
+
+
+def graphed(step: Call) -> Call:
+    """`step` as one CUDA graph.
+
+    Raises:
+        Unfit: there is no CUDA.
+    """
+    if not torch.cuda.is_available():
+        raise Unfit("CUDA graphs need a GPU")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def build_ours(model: vitkern.ViT, precision: Precision, device: torch.device) -> Network:
+    """The model itself."""
+    copied = copy.deepcopy(model).to(device, precision.weights)
+    return Network(copied, copied)
+
+
+def start(
+    setting: Setting,
+    device: torch.device,
+    build: Callable[[vitkern.ViT, Precision, torch.device], Network],
+    graph: bool = False,
+) -> Ready:
+    """Build a network for `setting`; with `graph` as a CUDA graph, ours by `vitkern.capture`.
+
+    Raises:
+        Absent, Unfit: why it can't be.
+    """
+    precision, training = setting.precision, setting.step == "train"
+    network = build(ours(setting.name, setting.side), precision, device)
+    module = network.module
+    if training and module is None:
+        raise Unfit("it doesn't train")
+    if module is not None:
+        module.train(training)
+    config = ours_config(setting)
+    images, labels = batch(config, setting.batch, device, precision.weights)
+    run: Callable[[Tensor], Tensor] = network.call
+    if graph and build is build_ours and not training:
+        graphed(lambda: None)  # there must be a GPU
+        with precision.context(device):
+            run = vitkern.capture(module, images, batch_sizes=[setting.batch])
+    if training:
+        assert module is not None
+        call: Call = partial(train, module, run, images, labels, precision)
+    else:
+        call = partial(forward, run, images, precision)
+    if graph and run is network.call:
+        call = graphed(call)
+
+    def check() -> dict[str, Any]:
+        distinct = min(setting.batch, 2)
+        eager, exact = (
+            reference(setting.name, setting.side, distinct, p, device, training)
+            for p in (precision, FLOAT64)
+        )
+        nth = torch.arange(setting.batch, device=device) % distinct
+        made, near, true = [call()], [eager.logits[nth]], [exact.logits[nth]]
+        if module is not None and training:
+            grads = gradients(module)
+            if grads.keys() == exact.grads.keys():
+                made.append(_flat(grads))
+                near.append(_flat(eager.grads))
+                true.append(_flat(exact.grads))
+            else:  # names of its own: that to which all others lead stands for them
+                few, classes = batch(config, distinct, device, precision.weights)
+                made.append(outcome(network, few, classes, precision, True).d_images)
+                near.append(eager.d_images)
+                true.append(exact.d_images)
+        return parity([m.to(n.dtype) for m, n in zip(made, near, strict=True)], near, true)
+
+    # A graph's memory is set aside before, and an engine's isn't PyTorch's.
+    return Ready(call, check, network.note, memory=not graph and module is not None)
+
+
+def _flat(grads: dict[str, Tensor]) -> Tensor:
+    return torch.cat([grads[name].flatten() for name in sorted(grads)])
+
+
+@lru_cache
+def ours_config(setting: Setting) -> vitkern.ViTConfig:
+    """The network's config."""
+    return ours(setting.name, setting.side).config
+
+
+def contest(setting: Setting, device: torch.device, memory: bool = False) -> Contest:
+    """Everyone's implementation of one setting."""
+    enter = partial(start, setting, device)
+    contenders = {OURS: Contender(partial(enter, build_ours), own=True)}
+    for name, rival in RIVALS.items():
+        own, eager = name.startswith(OURS), name == "eager"
+        contenders[name] = Contender(partial(enter, rival.build), rival.package, own, eager)
+    for name in GRAPHS:
+        build = build_ours if name == OURS else RIVALS[name].build
+        plain = contenders[name]
+        as_graph = partial(enter, build, graph=True)
+        contenders[f"{name} graph"] = Contender(as_graph, plain.package, plain.own)
+    config, training = ours_config(setting), setting.step == "train"
+
+    # The bound is that of kernels without a fault, the same for all contenders.
+    works = roofline.works(
+        config, setting.batch, "fused", training, precision=setting.precision.name, optimizer=False
+    )
+
+    def bound(ceilings: Ceilings) -> float:
+        here = roofline.Machine.measured("here", ceilings.flops_per_s, ceilings.bytes_per_s)
+        return sum(work.seconds(here) for work in works)
+
+    return Contest(
+        level="model",
+        group=str(setting),
+        case=setting.as_dict(),
+        contenders=contenders,
+        ours=lambda: OURS,
+        flops=sum(work.flops * work.calls for work in works),
+        moved=sum(work.bytes * work.calls for work in works),
+        bound=bound,
+        images=setting.batch,
+        memory=memory,
+    )

@@ -1,36 +1,25 @@
-"""vitkern.ViT, EagerViT and timm on this machine's CPU; the ratio vitkern / timm is in extra_info.
+"""Whole models, ours beside everyone's: ``pytest benchmarks/test_models.py --benchmark-only``."""
 
-The GPU has its own command, ``python -m benchmarks gpu``, which needs no plugin and no network.
-"""
-
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from ._cpu import BATCHES, DEVICE, NAMES, STEPS, Pair
-from ._measure import Timer
-
-IMPLEMENTATIONS = ("vitkern", "eager", *(("timm",) if find_spec("timm") else ()))
-
-
-@cache
-def _pair(name: str, size: int) -> Pair:
-    pair = Pair.of(name, size)
-    pair.check()
-    return pair
+from ._grid import model_contenders, settings
+from ._models import Setting, contest
+from ._session import DEVICE, Session, replayed
 
 
-@pytest.mark.benchmark(min_rounds=5, max_time=0.5, warmup=True, warmup_iterations=1)
-@pytest.mark.parametrize("what", STEPS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", BATCHES)
-@pytest.mark.parametrize("name", NAMES)
-def test_model(name: str, size: int, implementation: str, what: str, benchmark: Any) -> None:
-    pair = _pair(name, size)
-    benchmark.group = f"{name} b{size} {what}"
-    benchmark(pair.step(implementation, what))
-    if implementation == "vitkern":
-        ratio = pair.ratio(Timer(DEVICE), what, seconds=1.0)
-        benchmark.extra_info[f"time / time of {pair.rival}, paired"] = vars(ratio)
+def runs(grid: str, device: torch.device) -> Iterator[tuple[Setting, str]]:
+    """Every setting with everyone who takes part in it."""
+    for setting in settings(grid, device):
+        for impl in model_contenders(grid, setting, device):
+            yield setting, impl
+
+
+@pytest.mark.benchmark(timer=replayed)
+def test_model(case: Setting, impl: str, session: Session, benchmark: Any) -> None:
+    # On a CPU asking for memory takes a second, and it is training that needs it.
+    memory = case.step == "train"
+    session.test(str(case), lambda: contest(case, DEVICE, memory), impl, benchmark)

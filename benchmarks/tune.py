@@ -20,25 +20,13 @@ import torch
 from vitkern.kernels import _tuned, _verified
 from vitkern.kernels._op import Choice, Op, dtype_name, record_choices
 
-from . import _gpu
-from ._cases import DTYPES, Case, cases, public, timed
+from . import _ops
+from ._cases import DTYPES, Case, cases, implementations, public, timed
+from ._contest import Absent, Unfit, failure, held
 from ._measure import Timer, environment
 
 # Of a run: what must be the same for its figures to hold.
 SAME = ("gpu", "torch", "triton", "vitkern", "commit")
-
-
-class Notes(_gpu.Report):
-    """Results of the parity checks; only what failed is shown."""
-
-    def __init__(self) -> None:
-        self.rows = []
-
-    def add(self, kind: str, **values: Any) -> None:
-        """Keep one result."""
-        self.rows.append({"kind": kind, **values})
-        if not values.get("ok", True):
-            print(f"FAILED {json.dumps(self.rows[-1])}", flush=True)
 
 
 class Draft:
@@ -113,12 +101,36 @@ def seconds_of(
     return seconds
 
 
-def tune_case(case: Case, draft: Draft, notes: Notes, timer: Timer) -> str:
+Run = Callable[..., Any]
+
+
+def right(case: Case, device: torch.device, fail: Callable[[str, Any], None]) -> dict[str, Run]:
+    """The implementations of one case that run and are right; `fail` hears of the wrong ones."""
+    contenders, good = _ops.contest(case, device).contenders, {}
+    for name, run in implementations(case).items():
+        if name == "reference":  # what the others are held against
+            continue
+        try:
+            verdict = held(contenders[name].start().check)
+        except (Absent, Unfit):
+            continue
+        except torch.OutOfMemoryError:
+            verdict = {"ok": False, "why": "not enough memory for the reference"}
+        except Exception as problem:
+            verdict = failure(problem)
+        if verdict["ok"]:
+            good[name] = run
+        else:
+            fail(f"{case} {name}", verdict)
+    return good
+
+
+def tune_case(case: Case, draft: Draft, timer: Timer, fail: Callable[[str, Any], None]) -> str:
     """Check and time all implementations of one case; what was found, in words."""
-    good = _gpu.check_op(notes, case, timer.device)
+    good = right(case, timer.device, fail)
     if case.is_backward:  # right gradients alone don't make what trains right
-        right = _gpu.check_op(notes, case.forward, timer.device)
-        good = {name: run for name, run in good.items() if name in right}
+        forward = right(case.forward, timer.device, fail)
+        good = {name: run for name, run in good.items() if name in forward}
     if not good:
         return "nothing to time"
     arguments = case.arguments(timer.device)
@@ -143,7 +155,12 @@ def main(minutes: float, ops: list[Op], out: Path | None, device: torch.device, 
     if out is None:
         name = f"{_tuned.card(device) or device.type}.json"
         out = (_tuned.FOLDER if cuda else Path("build/tuned")) / name
-    draft, notes, timer = Draft(out, device), Notes(), Timer(device)
+    draft, timer, failed = Draft(out, device), Timer(device), []
+
+    def fail(what: str, verdict: Any) -> None:
+        failed.append(what)
+        print(f"FAILED {what}: {json.dumps(verdict)}", flush=True)
+
     size, dtypes = ("vit", DTYPES) if cuda else ("tiny", (torch.float32,))
     # Dtype by dtype, so that a cut-off leaves whole tables.
     every = [case for dtype in dtypes for case in cases(ops, [size], [dtype])]
@@ -154,9 +171,9 @@ def main(minutes: float, ops: list[Op], out: Path | None, device: torch.device, 
             print(f"out of time: {len(todo) - n} cases are left for the next run")
             break
         try:
-            print(f"{case}: {tune_case(case, draft, notes, timer)}", flush=True)
+            print(f"{case}: {tune_case(case, draft, timer, fail)}", flush=True)
         except Exception as problem:  # one case must not end the run
-            notes.add("case", case=str(case), **_gpu.failure(problem))
+            fail(str(case), failure(problem))
         if cuda:
             torch.cuda.empty_cache()
-    return 1 if notes.failed else 0
+    return 1 if failed else 0

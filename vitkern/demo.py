@@ -6,9 +6,7 @@ with scikit-learn, so nothing is downloaded.
 """
 
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import vitkern
+from vitkern._memory import peak_memory
 
 OURS, EAGER = "vitkern", "eager"
 COLORS = {OURS: "#0b7285", EAGER: "#e8590c"}
@@ -366,32 +365,6 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
     end.record()
     end.synchronize()
     return result, start.elapsed_time(end)
-
-
-def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
-    """Most bytes that PyTorch's allocator held at once during `work`, beyond those before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # The CPU's allocator keeps no such count, but tells the profiler of every block.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it complains where there is no GPU
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    memory = sorted(
-        ((e["ts"], e["args"]) for e in events if e["name"] == "[memory]"),
-        key=lambda event: event[0],
-    )
-    first = memory[0][1]  # the count goes on from one profile to the next
-    before = first["Total Allocated"] - first["Bytes"]
-    return max(state["Total Allocated"] for _, state in memory) - before
 
 
 def print_comparison(console: Console, compared: dict[str, Any]) -> None:

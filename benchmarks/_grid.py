@@ -1,0 +1,120 @@
+"""Which cases ``pytest benchmarks`` measures, the most telling first, and who takes part.
+
+"small" is minutes of work: on two CPU cores, or on a GPU. "full" is everything: the larger models,
+batches, images and further precisions. "toy" runs the machinery, for its tests.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+
+from vitkern.kernels import REGISTRY
+from vitkern.kernels._op import KERNELS
+
+from . import _models
+from ._cases import Case, cases
+from ._models import AUTOCAST, BFLOAT16, FLOAT32, Setting
+from .peers.networks import RIVALS
+from .peers.ops import OPS
+
+GRIDS = ("small", "full", "toy")
+
+TINY, SMALL, BASE, LARGE = (f"vit_{n}_patch16_224" for n in ("tiny", "small", "base", "large"))
+HUGE = "vit_huge_patch14_224"
+STEPS = ("forward", "train")
+
+# A CPU takes half a minute to compile a model: in the small grid it does so for these only.
+COMPILED = (Setting(TINY, 4, "forward"), Setting(TINY, 4, "train"))
+
+
+def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """In which products run on the grid: what ceilings are needed for."""
+    if device.type == "cuda":
+        return (torch.bfloat16, torch.float16, torch.float32)
+    return (torch.float32, torch.bfloat16)
+
+
+def settings(grid: str, device: torch.device) -> list[Setting]:
+    """Of models."""
+    if grid == "toy":
+        return [Setting("toy", 2, step) for step in STEPS]
+    if device.type == "cuda":
+        small = [
+            Setting(BASE, batch, step, AUTOCAST)
+            for batch, step in ((128, "train"), (128, "forward"), (1, "forward"))
+        ]
+        small += [Setting(BASE, 128, step, BFLOAT16) for step in STEPS]
+        small += [
+            Setting(name, 128, step, AUTOCAST)
+            for name, step in product((SMALL, LARGE, HUGE), ("train", "forward"))
+        ]
+        every = product(
+            (AUTOCAST, BFLOAT16, FLOAT32),
+            (256, 32, 8, 1),
+            (BASE, LARGE, SMALL, HUGE, TINY),
+            (None, 384),
+            STEPS,
+        )
+    else:
+        small = [
+            Setting(name, batch, step)
+            for name, batch, step in product((TINY, SMALL), (1, 4), STEPS)
+        ]
+        small += [Setting(BASE, 1, "forward")]
+        every = product(
+            (FLOAT32, AUTOCAST), (1, 4, 16), (TINY, SMALL, BASE, LARGE, HUGE), (None, 384), STEPS
+        )
+    if grid == "small":
+        return small
+    full = [
+        Setting(name, batch, step, precision, side)
+        for precision, batch, name, side, step in every
+        # Patch 14 doesn't divide 384, and at 378 nothing new is learnt.
+        if side is None or name != HUGE
+    ]
+    return [*small, *(setting for setting in full if setting not in small)]
+
+
+def model_contenders(grid: str, setting: Setting, device: torch.device) -> list[str]:
+    """Who is worth the time in this setting."""
+    names = [_models.OURS, *(n for n, rival in RIVALS.items() if rival.absent() is None)]
+    if device.type == "cuda":
+        return [*names, *(f"{name} graph" for name in _models.GRAPHS if name in names)]
+    if grid == "full" or setting in COMPILED:
+        return [name for name in names if "autotune" not in name]
+    return [name for name in names if name == _models.OURS or not RIVALS[name].compiled]
+
+
+def op_cases(grid: str, device: torch.device) -> Iterator[Case]:
+    """Of ops. On a CPU their shapes are tiny, and times are mostly those of the calls."""
+    if grid == "toy":
+        yield from _first(cases([REGISTRY["layer_norm"]], ["tiny"], (torch.float32,)), 1)
+        return
+    if device.type == "cuda":
+        few = (torch.bfloat16,) if grid == "small" else dtypes(device)
+        for dtype in few:
+            yield from cases(REGISTRY.values(), ["vit"], (dtype,))
+        return
+    for op in REGISTRY.values():
+        most = 3 if grid == "small" else 100
+        yield from _first(cases([op], ["tiny"], (torch.float32,)), most)
+
+
+def _first(found: Iterator[Case], most: int) -> Iterator[Case]:
+    yield from (case for _, case in zip(range(most), found, strict=False))
+
+
+def op_contenders(grid: str, case: Case, device: torch.device) -> list[str]:
+    """Who may be able to; our kernels and most peers need a GPU, and there compilers are for."""
+    cuda = device.type == "cuda"
+    op = case.forward.op
+    names = list(op.implementations)
+    if cuda:  # the definition is slow, and takes memory that large samples need
+        names.remove("reference")
+    else:
+        names = [name for name in names if name not in KERNELS and not name.startswith("flash")]
+    if cuda or grid == "full":
+        names.append(f"compile({op.portable_name})")
+    here = (name for name, peer in OPS.get(op.name, {}).items() if peer.absent() is None)
+    return [*names, *here]
