@@ -177,6 +177,7 @@ def test_a_report_of_all_sorts(tmp_path: Path) -> None:
     assert cell(head, "| timm compile |")[2:7] == ["8", f"{mean:.2f}", "4", "4", "0"]
     assert "**Models.** Of 8 groups vitkern is the fastest in 0" in head
     assert "level with its nearest rival in 5, and slower than a rival in 3" in head
+    assert "A/A is off by more than 2% in 2: don't lean on those." in head
     for word in ("NVIDIA H100", "CUDA events", "800 TFLOP/s", "c0ffee", "580.1", "| tests | ok |"):
         assert word in text
     assert cell(text, "apex") == ["apex", "NVIDIA's apex is not installed"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from .results import A_A_BOUND, Results, Row, ratio, sections, short
+from .results import Results, Row, rate, ratio, sections, short
 
 OURS, OWN, OTHERS = "#0b7285", "#66b2bf", "#e8590c"
 ROWS = 40  # groups in one picture
@@ -227,9 +227,10 @@ def draw_grid(results: Results, level: str, part: Grid) -> Figure:
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", **look)
     labels = []
     for group in part.groups:
-        a_a = results.ours.get(group, {}).get("a_a", {"median": 1.0})["median"]
-        far = abs(a_a - 1) > A_A_BOUND
-        labels.append(f"{group}  (A/A {a_a:.2f}!)" if far else group)
+        far = results.noisy(group)
+        labels.append(
+            f"{group}  (A/A {results.ours[group]['a_a']['median']:.2f}!)" if far else group
+        )
     axes.set_yticks([y + 0.5 for y in range(rows)], labels, size=9)
     names = [_wrapped(name, 11) for name in part.columns]
     axes.set_xticks([x + 0.5 for x in range(columns)], names, size=9)
@@ -281,8 +282,8 @@ def draw_roofline(
         axes.grid(alpha=0.25)
     for axes in grid_of_axes.flat[len(panels) :]:
         axes.set_visible(False)
-    ceiling = f"{roof / 1e12:.3g} TFLOP/s" if roof else f"no ceiling measured in {dtype}"
-    title = f"Roofline, {dtype} on {device}, measured: {ceiling}, {memory_rate / 1e12:.3g} TB/s"
+    ceiling = rate(roof, "FLOP") if roof else "no product"
+    title = f"Roofline, {dtype} on {device}, measured: {ceiling}, {rate(memory_rate, 'B')}"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     looks: list[tuple[str, str, str, str]] = [
         ("forward, ours", "o", OURS, OURS),
@@ -309,7 +310,7 @@ def draw_memory(bars: dict[str, list[Row]], device: str) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     panels = list(figure.subplots(height, columns, squeeze=False).flat)
     for axes, (group, rows) in zip(panels, bars.items(), strict=False):
-        values = [row["peak_bytes"] / 2**30 for row in rows]
+        values = [row["peak_bytes"] / 2**20 for row in rows]
         colors = [OURS if r.get("ours") else OWN if r.get("own") else OTHERS for r in rows]
         drawn = axes.barh([row["impl"] for row in rows], values, color=colors)
         axes.bar_label(drawn, [*map(short, values)], padding=3, size=9)
@@ -320,7 +321,7 @@ def draw_memory(bars: dict[str, list[Row]], device: str) -> Figure:
         axes.spines["bottom"].set_visible(False)
     for axes in panels[len(bars) :]:
         axes.set_visible(False)
-    text = f"Peak memory of a training step in GiB, beyond what was held before it, on {device}"
+    text = f"Training step: peak MiB beyond what was held before it, on {device}"
     figure.suptitle(text, x=0.01, ha="left", weight="bold")
     return figure
 

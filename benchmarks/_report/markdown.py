@@ -16,6 +16,7 @@ from .results import (
     geometric_mean,
     many,
     mib,
+    rate,
     ratio,
     read,
     sections,
@@ -97,6 +98,8 @@ def _in_short(results: Results) -> list[str]:
             f"{counts['fastest']}, level with its nearest rival in {counts['level']}, and slower "
             f"than a rival in {counts['slower']}."
         )
+        if noisy := sum(map(results.noisy, groups)):
+            text += f" A/A is off by more than {A_A_BOUND:.0%} in {noisy}: don't lean on those."
         if counts["without a rival"]:
             text += f" It has no rival in {counts['without a rival']}."
         if counts["not timed"]:
@@ -141,7 +144,7 @@ def _losses(results: Results) -> list[str]:
             times = [duration(stats(each["seconds"])) for each in (row, ours)]
             note = "**loss**" if results.verdict(row) == "loss" else "within A/A"
             speed_up = f"{stats(row['against_ours']):.3f}"
-            made.append((row["group"], row["impl"], speed_up, *times, _a_a(ours), note))
+            made.append((row["group"], row["impl"], speed_up, *times, _a_a(results, ours), note))
         lines += table(("group", "rival", "speed-up", "its time", "our time", "A/A", ""), made)
     missed = [row for row in results.of("time") if results.verdict(row) == "missed"]
     if missed:
@@ -150,13 +153,12 @@ def _losses(results: Results) -> list[str]:
     return lines
 
 
-def _a_a(ours: Row) -> str:
+def _a_a(results: Results, ours: Row) -> str:
     """A/A of a group, flagged where its median is out of bounds."""
     if "a_a" not in ours:
         return "not measured"
-    a_a = stats(ours["a_a"])
-    far = f" **off by more than {A_A_BOUND:.0%}**" if abs(a_a.median - 1) > A_A_BOUND else ""
-    return f"{a_a:.3f}{far}"
+    far = f" **off by more than {A_A_BOUND:.0%}**" if results.noisy(ours["group"]) else ""
+    return f"{stats(ours['a_a']):.3f}{far}"
 
 
 def _failed_parity(results: Results) -> list[str]:
@@ -201,7 +203,7 @@ def _time(results: Results, row: Row) -> list[str]:
     if "against_ours" in row:
         speed_up = f"{stats(row['against_ours']):.2f}{marks.get(verdict, '')}"
     else:
-        speed_up = f"A/A {_a_a(row)}" if verdict == "ours" else "none: ours has no time"
+        speed_up = f"A/A {_a_a(results, row)}" if verdict == "ours" else "none: ours has no time"
     roofline, images = row.get("roofline"), row.get("images_per_s")
     return [
         name,
@@ -266,12 +268,11 @@ def _run(results: Results) -> list[str]:
     facts["not installed"] = ", ".join(k for k, v in packages.items() if not v) or "none of them"
     facts |= {key: about[key] for key in ("policy", "grid", "device") if key in about}
     if ceilings := results.about("ceilings"):
-        for dtype, rate in ceilings["flops_per_s"].items():
-            facts[f"ceiling, {dtype}"] = (
-                f"{rate / 1e12:.4g} TFLOP/s, product of {ceilings['matmul']}"
-            )
-        rate = ceilings["bytes_per_s"]
-        facts["ceiling, memory"] = f"{rate / 1e12:.4g} TB/s, copy of {ceilings['copy']}"
+        for dtype, speed in ceilings["flops_per_s"].items():
+            product = f"product of {ceilings['matmul']}"
+            facts[f"ceiling, {dtype}"] = f"{rate(speed, 'FLOP')}, {product}"
+        moved = rate(ceilings["bytes_per_s"], "B")
+        facts["ceiling, memory"] = f"{moved}, copy of {ceilings['copy']}"
     lines = ["## The run", "", *table(("", ""), facts.items())]
     if smi := environment.get("nvidia_smi"):
         lines += ["```", smi, "```", ""]

@@ -85,6 +85,11 @@ class Results:
         a_a = self.ours.get(group, {}).get("a_a")
         return max(abs(a_a[key] - 1) for key in ("median", "q1", "q3")) if a_a else 0.0
 
+    def noisy(self, group: str) -> bool:
+        """Whether ours against itself is further from 1 than it should be."""
+        a_a = self.ours.get(group, {}).get("a_a")
+        return a_a is not None and abs(a_a["median"] - 1) > A_A_BOUND
+
     def verdict(self, row: Row) -> str:
         """What a "time" row says of ours.
 
@@ -249,6 +254,12 @@ def duration(seconds: Stats) -> str:
 def short(number: float) -> str:
     """Three digits or more."""
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def rate(per_second: float, unit: str) -> str:
+    """ "800 TFLOP/s", "8.79 GB/s"."""
+    prefix, scale = ("T", 1e12) if per_second >= 1e12 else ("G", 1e9)
+    return f"{per_second / scale:.4g} {prefix}{unit}/s"
 
 
 def mib(number: float | None) -> str:
