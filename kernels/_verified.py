@@ -9,6 +9,7 @@ VITKERN_SELFCHECK=0 turns all of it off.
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -165,7 +166,7 @@ def digest(source: str) -> str:
 def key(op: "Op", impl: str, dtype: torch.dtype, card: str) -> str:
     """By what a verdict is kept: nothing that could change it is missing."""
     version = "none" if triton is None else triton.__version__
-    code = digest(op.reference.__code__.co_filename)
+    code = digest(inspect.unwrap(op.reference).__code__.co_filename)
     return f"{card} {op.name} {impl} {dtype} vitkern-{__version__} triton-{version} {code}"
 
 

@@ -442,5 +442,5 @@ def add_layer_norm(
         if wants_grad(*tensors):
             return _AddLayerNorm.apply(*tensors, eps, rms, out_dtype)
         return ADD_LAYER_NORM.call(*tensors, eps, rms, out_dtype)
-    run = portable if chosen == "torch" else reference
+    run = ADD_LAYER_NORM.portable if chosen == "torch" else ADD_LAYER_NORM.reference
     return run(*tensors, eps, rms, out_dtype)

@@ -277,5 +277,5 @@ def layer_norm(
         if wants_grad(x, weight, bias):
             return _LayerNorm.apply(x, weight, bias, eps, rms, out_dtype)
         return LAYER_NORM.call(x, weight, bias, eps, rms, out_dtype)
-    run = portable if chosen == "torch" else reference
+    run = LAYER_NORM.portable if chosen == "torch" else LAYER_NORM.reference
     return run(x, weight, bias, eps, rms, out_dtype)

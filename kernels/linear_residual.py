@@ -44,6 +44,7 @@ from ._op import (
     choose,
     define,
     product_dtype,
+    recorded,
     same,
     total_bytes,
     wants_grad,
@@ -456,6 +457,9 @@ LINEAR_RESIDUAL_BACKWARD = define(
 )
 
 
+_by_aten = recorded("linear_residual", by_aten, lambda *given: (*given, False))
+
+
 class _LinearResidual(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -579,6 +583,6 @@ def run(
     rows, product, shift = cast(dtype, x, weight, bias)
     call: Any = (rows, product, shift, residual, layer_scale, drop_scale)
     if name == "torch":
-        return by_aten(*call)
+        return _by_aten(*call)
     stream: Tensor = LINEAR_RESIDUAL.implementations[name](*call, False)[0]
     return stream

@@ -51,6 +51,7 @@ from ._op import (
     choose,
     define,
     product_dtype,
+    recorded,
     same,
     total_bytes,
     wants_grad,
@@ -545,6 +546,15 @@ NORM_LINEAR_BACKWARD = define(
 )
 
 
+_by_aten = recorded(
+    "norm_linear",
+    by_aten,
+    lambda x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated: (
+        x, norm_weight, norm_bias, weight, bias, None, eps, rms, False, activation, gated, False
+    ),
+)  # fmt: skip
+
+
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -689,7 +699,7 @@ def run(
         )
     weight, bias = cast(dtype, weight, bias)  # type: ignore[assignment]
     if name == "torch":
-        return by_aten(x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated)
+        return _by_aten(x, norm_weight, norm_bias, weight, bias, eps, rms, activation, gated)
     return NORM_LINEAR.implementations[name](
         x, norm_weight, norm_bias, weight, bias, None, eps, rms, False, activation, gated, False
     )[0]

@@ -111,5 +111,5 @@ def residual_add(
     """
     check_residual("residual_add", residual, branch, layer_scale, drop_scale)
     chosen = choose(RESIDUAL_ADD, impl, residual, branch, layer_scale, drop_scale)
-    run = portable if chosen == "torch" else reference
+    run = RESIDUAL_ADD.portable if chosen == "torch" else RESIDUAL_ADD.reference
     return run(residual, branch, layer_scale, drop_scale)

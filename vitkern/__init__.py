@@ -1,5 +1,6 @@
 """vitkern: Vision Transformers on custom kernels."""
 
+from vitkern import roofline
 from vitkern._version import __version__
 from vitkern.capture import CapturedModel, capture
 from vitkern.config import PRESETS, ViTConfig
@@ -8,6 +9,7 @@ from vitkern.explain import Explanation, explain
 from vitkern.fold import fold
 from vitkern.maps import attention_rollout, plot_attention, token_map
 from vitkern.model import ViT, create_model
+from vitkern.profile import profile
 from vitkern.selfcheck import selfcheck
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "explain",
     "fold",
     "plot_attention",
+    "profile",
+    "roofline",
     "selfcheck",
     "token_map",
 ]

@@ -83,6 +83,25 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def roofline(options: argparse.Namespace) -> int:
+    """predict a model's speed and memory on one card or several, by op; nothing is run"""
+    from vitkern.roofline import report
+
+    try:
+        print(report.run(options))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def roofline_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `roofline`."""
+    from vitkern.roofline import report
+
+    report.add_options(parser)
+
+
 def selfcheck(options: argparse.Namespace) -> int:
     """hold every kernel against float64 on this GPU; exit code 1 if one is wrong"""
     dtypes = None if options.dtype is None else [getattr(torch, name) for name in options.dtype]
@@ -104,9 +123,25 @@ def selfcheck_options(parser: argparse.ArgumentParser) -> None:
     add("--device", type=device, help="cuda, cuda:N, or cpu for Triton's interpreter")
 
 
+def profile(options: argparse.Namespace) -> int:
+    """profile steps of a model, or a saved trace: what holds it back, and what to do"""
+    from vitkern.profile import command
+
+    return command.run(options)
+
+
+def profile_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `profile`."""
+    from vitkern.profile import command
+
+    command.options(parser, device, positive)
+
+
 COMMANDS = {
     "demo": Command(demo, demo_options, extra="demo"),
     "info": Command(info),
+    "roofline": Command(roofline, roofline_options),
+    "profile": Command(profile, profile_options),
     "selfcheck": Command(selfcheck, selfcheck_options),
 }
 

@@ -43,6 +43,7 @@ from .._op import (
     choose,
     define,
     dtype_name,
+    recorded,
     wants_grad,
 )
 from . import flash
@@ -281,6 +282,16 @@ ATTENTION_BACKWARD = define(
 LONG = 1024
 
 
+_by_flash = recorded(
+    "attention",
+    flash.run,
+    lambda name, qkv, options, scale, dropout_p=0.0: (qkv, *options, scale, False),
+)
+_by_sdpa = recorded(
+    "attention", attend, lambda qkv, options, scale, dropout_p: (qkv, *options, scale, False)
+)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -474,10 +485,10 @@ def run(name: str, qkv: Tensor, options: Options, scale: float, dropout_p: float
             return _Attention.apply(qkv, *options, scale)
         return ATTENTION.call(qkv, *options, scale, False)[0]
     if name in ATTENTION.peers:
-        return flash.run(name, qkv, options, scale, dropout_p)
+        return _by_flash(name, qkv, options, scale, dropout_p)
     if name == "sdpa":
-        return attend(qkv, options, scale, dropout_p)
-    return reference(qkv, *options, scale, False)[0]
+        return _by_sdpa(qkv, options, scale, dropout_p)
+    return ATTENTION.reference(qkv, *options, scale, False)[0]
 
 
 def kernel_unfit(

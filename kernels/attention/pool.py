@@ -287,5 +287,5 @@ def attention_pool(
         if wants_grad(q, kv):
             return _AttentionPool.apply(q, kv, scale)
         return ATTENTION_POOL.call(q, kv, scale, False)[0]
-    run = portable if chosen == "sdpa" else reference
+    run = ATTENTION_POOL.portable if chosen == "sdpa" else ATTENTION_POOL.reference
     return run(q, kv, scale, False)[0]

@@ -403,5 +403,5 @@ def patch_embed(
         if wants_grad(*tensors):
             return _PatchEmbed.apply(*tensors, pad, compute_dtype, out_dtype)
         return PATCH_EMBED.call(*tensors, pad, compute_dtype, out_dtype)
-    run = portable if chosen == "torch" else reference
+    run = PATCH_EMBED.portable if chosen == "torch" else PATCH_EMBED.reference
     return run(*tensors, pad, compute_dtype, out_dtype)
