@@ -1,0 +1,30 @@
+"""What a device does at best, measured in a second: a large product and a large copy."""
+
+from collections.abc import Iterable
+
+import torch
+from torch.utils.benchmark import Timer
+
+from vitkern.kernels._op import dtype_name
+from vitkern.profile.analysis import Ceilings
+
+SECONDS = 0.15  # for each measurement
+
+
+def measure(device: torch.device, dtypes: Iterable[torch.dtype]) -> Ceilings:
+    """FLOP/s of a square product in each dtype, and bytes/s of a copy, read plus written."""
+    n, size = (4096, 1 << 28) if device.type == "cuda" else (1024, 1 << 26)
+
+    def seconds(statement: str, **names: torch.Tensor) -> float:
+        timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=SECONDS).median
+
+    rates = {}
+    with torch.no_grad():
+        for dtype in dtypes:
+            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            rates[dtype_name(dtype)] = 2 * n**3 / seconds("a @ b", a=a, b=b)
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        copy = seconds("b.copy_(a)", a=source, b=torch.empty_like(source))
+    how = f"measured: a product of {n}^3, a copy of {size >> 20} MiB"
+    return Ceilings(rates, 2 * size / copy, how)

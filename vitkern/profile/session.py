@@ -1,0 +1,257 @@
+"""The context manager: it records some steps of a loop, and writes the report at its end."""
+
+import json
+import os
+import time
+import warnings
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.autograd.profiler import emit_nvtx
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from vitkern._version import __version__
+from vitkern.kernels._op import record_choices
+from vitkern.profile.trace import BEGIN, END, STEP
+
+# vitkern.profile.analysis and what is built on it are imported once there is a trace to look at.
+
+
+class profile:  # used like a function, as torch.profiler.profile is
+    """Profile the steps of a training or inference loop, of vitkern's models or any others.
+
+    Recording begins with the block and ends after `warmup` + `steps` steps, or with the block; the
+    steps that follow run as if there were no profiler, and tell what it costs. The report leaves
+    the first `warmup` steps out, if there are more. It is written when the block ends, also by an
+    exception, which then goes on.
+
+    A step ends where `step` is called; in a loop that never calls it, with each optimizer step; and
+    without either the block is one step. Ranges named "data", "forward", "backward" or "optimizer"
+    (``torch.profiler.record_function``) are taken for these phases; without them, they are found
+    by what autograd, optimizers and loaders leave in a trace.
+
+    Args:
+        out: folder for report.html, report.json and trace.json (for chrome://tracing or Perfetto);
+            it is made if need be.
+        warmup: steps that are recorded but not reported: compilation, allocation, caches.
+        steps: steps that are reported.
+        nvtx: emit NVTX ranges of steps, ops and gradients for ``nsys profile`` in place of a
+            report; the two can't be had at once.
+        ceilings: measure, for a second at the end, what the device does at best; without, there
+            are no percentages of a roofline.
+        show: print the report's table and verdicts.
+
+    Attributes:
+        analysis: all figures, once the block has ended; None with `nvtx`.
+
+    Raises:
+        ValueError: a negative warmup, less than one step, or `nvtx` without a GPU.
+        RuntimeError: another profiler is active.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str] = "runs/profile",
+        *,
+        warmup: int = 2,
+        steps: int = 3,
+        nvtx: bool = False,
+        ceilings: bool = True,
+        show: bool = True,
+    ) -> None:
+        if warmup < 0:
+            raise ValueError(f"profile: warmup must be 0 or more, got {warmup}")
+        if steps < 1:
+            raise ValueError(f"profile: steps must be 1 or more, got {steps}")
+        if nvtx and not torch.cuda.is_available():
+            raise ValueError("profile: nvtx=True needs a CUDA GPU, and PyTorch sees none")
+        self.out = Path(out)
+        self.warmup, self.steps, self.nvtx = warmup, steps, nvtx
+        self.ceilings, self.show = ceilings, show
+        self.analysis: Any = None
+        self._marks = self._optimizer_steps = 0
+        self._images: list[int | None] = []
+        self._recording = ExitStack()
+        self._profiler: torch.profiler.profile | None = None
+        self._choices: Counter[tuple[str, str, str]] = Counter()
+        self._clock = _Clock()
+
+    def __enter__(self) -> "profile":
+        if torch.autograd.profiler._is_profiler_enabled:
+            raise RuntimeError("profile: another profiler is active; end it first")
+        if self.nvtx:
+            self._recording.enter_context(emit_nvtx(record_shapes=True))
+            torch.cuda.nvtx.range_push("step 0")
+            self._recording.callback(torch.cuda.nvtx.range_pop)
+            return self
+        self.out.mkdir(parents=True, exist_ok=True)
+        gpu = torch.cuda.is_available()
+        if not gpu:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it complains where there is no GPU
+        activity = torch.profiler.ProfilerActivity
+        profiler = torch.profiler.profile(
+            activities=[activity.CPU, *([activity.CUDA] if gpu else [])],
+            record_shapes=True,
+            profile_memory=True,
+        )
+        with ExitStack() as stack:  # undone if one of these fails
+            profiler.start()
+            stack.callback(profiler.stop)
+            choices = stack.enter_context(record_choices())
+            stack.callback(self._keep, choices)
+            hook = register_optimizer_step_post_hook(self._optimizer_step)
+            stack.callback(hook.remove)
+            _mark(BEGIN)
+            self._recording = stack.pop_all()
+        self._profiler = profiler
+        return self
+
+    def step(self, images: int | None = None) -> None:
+        """A step ends here.
+
+        Args:
+            images: how many it took, for images/s; without it, what vitkern's patch embedding saw.
+        """
+        if self.nvtx:
+            self._marks += 1
+            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_push(f"step {self._marks}")
+            return
+        if self._profiler is None:
+            self._clock.tick()
+            return
+        _mark(f"{STEP} {self._marks}")
+        self._marks += 1
+        self._images.append(images)
+        if self._marks >= self.warmup + self.steps:
+            self._stop(by_optimizer=False)
+
+    def _optimizer_step(self, *_: Any) -> None:
+        self._optimizer_steps += 1
+        # One more than are wanted: this one's range in the trace is cut off here.
+        if not self._marks and self._optimizer_steps > self.warmup + self.steps:
+            self._stop(by_optimizer=True)
+
+    def _keep(self, choices: list[Any]) -> None:
+        self._choices.update((c.op, c.implementation, c.why) for c in choices)
+
+    def _stop(self, by_optimizer: bool) -> None:
+        """End recording and write the trace; what runs from here on runs as ever."""
+        if self._profiler is None:
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        _mark(END)
+        profiler, self._profiler = self._profiler, None
+        self._recording.close()
+        profiler.export_chrome_trace(str(self.out / "trace.json"))
+        if by_optimizer:
+            hook = register_optimizer_step_post_hook(lambda *_: self._clock.tick())
+            self._recording.callback(hook.remove)
+        self._clock.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.nvtx:
+            self._recording.close()
+            return
+        try:
+            self._stop(by_optimizer=False)
+            self._recording.close()
+            self._report()
+        except Exception as problem:
+            if error is None:
+                raise
+            # The block's own error is the one to raise.
+            warnings.warn(f"profile: no report: {problem}", RuntimeWarning, stacklevel=2)
+        finally:
+            self._recording.close()
+
+    def _report(self) -> None:
+        from vitkern.profile import report
+        from vitkern.profile.trace import load
+
+        path = self.out / "trace.json"
+        contents = load(path)
+        gpu = torch.cuda.is_available()
+        contents["vitkern"] = {
+            "device": torch.cuda.get_device_name() if gpu else _cpu(),
+            "images": self._images,
+            "warmup": self.warmup,
+            "untraced_seconds": self._clock.seconds,
+            "choices": [
+                {"op": op, "implementation": name, "why": why, "calls": calls}
+                for (op, name, why), calls in self._choices.items()
+            ],
+            "settings": {
+                "torch": str(torch.__version__),
+                "vitkern": __version__,
+                "threads": torch.get_num_threads(),
+                "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            },
+        }
+        device = torch.device("cuda" if gpu else "cpu")
+        self.analysis = report.write(contents, self.out, device if self.ceilings else None)
+        path.write_text(json.dumps(contents))
+        if self.show:
+            report.show(self.analysis, self.out)
+
+
+def _mark(name: str) -> None:
+    with torch.profiler.record_function(name):
+        pass
+
+
+def _cpu() -> str:
+    """What a person calls this processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, 'CPU')}, {torch.get_num_threads()} threads"
+
+
+class _Clock:
+    """Seconds of a step without the profiler: on a GPU by events, which wait for nothing."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.began: Any = None
+        self.last: Any = None
+
+    def start(self) -> None:
+        """The first step begins."""
+        self.began = self._now()
+
+    def tick(self) -> None:
+        """A step ended."""
+        self.ticks += 1
+        self.last = self._now()
+
+    @property
+    def seconds(self) -> float | None:
+        """The mean; None without a step."""
+        if not self.ticks:
+            return None
+        if isinstance(self.last, float):
+            return (self.last - self.began) / self.ticks
+        self.last.synchronize()
+        milliseconds: float = self.began.elapsed_time(self.last)
+        return milliseconds / 1e3 / self.ticks
+
+    @staticmethod
+    def _now() -> Any:
+        if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
