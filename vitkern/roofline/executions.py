@@ -99,22 +99,30 @@ def _works(
     if execution == "vitkern":
         found = _launched(config, batch, training, precision)
     else:
-        if execution == "fused":
-            block = _fused(config, batch, p, training)
-        else:
-            block = _opaque(config, batch, p, training, eager=execution == "eager")
+        opaque = execution != "fused"
+        block = (
+            _opaque(config, batch, p, training, eager=execution == "eager")
+            if opaque
+            else _fused(config, batch, p, training)
+        )
         found = [replace(work, calls=config.depth) for work in block]
-        found = [*_ends(config, batch, p, training), *found]
-        if execution != "fused" and p.weight != p.operand:
+        found += _ends(config, batch, p, training)
+        if opaque and p.weight != p.operand:
             found += _weight_casts(config, p, training)
     if training and optimizer:
         # AdamW in one pass: weight, gradient and two moments in float32 in, all but the gradient
         # out. The bound leaves the weights in the dtype of the products as well.
         each = 28 + (2 if execution == "fused" and p.operand == 2 else 0)
         found.append(Work("adamw", "optimizer", 0, each * parameters(config)))
-    order = ("forward", "backward", "optimizer")
     found = [work for work in found if work.flops or work.bytes]  # no casts in float32
-    return tuple(sorted(found, key=lambda work: order.index(work.part)))
+    return tuple(sorted(found, key=_place))
+
+
+def _place(work: Work) -> tuple[int, int]:
+    """Where it stands in a step: by part, the blocks between the two ends."""
+    end = {"patch_embed": -1, "head": 1}.get(work.op, 0)
+    part = ("forward", "backward", "optimizer").index(work.part)
+    return part, -end if work.part == "backward" else end
 
 
 @functools.lru_cache(maxsize=64)
