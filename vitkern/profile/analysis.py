@@ -32,6 +32,7 @@ from vitkern.profile.trace import (
 
 OVERHEAD = "Python, PyTorch's overhead"
 SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+IDLE = "GPU idle"  # a lane of the timeline
 POINTS = 400  # of the curve of memory over a step
 
 
@@ -76,7 +77,11 @@ class Row:
 
 @dataclass
 class PhaseTime:
-    """One phase, in one step; of a GPU's time `busy` is that in which a kernel ran."""
+    """One phase, in one step; of a GPU's time `busy` is that in which a kernel ran.
+
+    The rest is idle time, which counts towards the phase of the kernel that ends it, or as data
+    where the loader was what the kernel waited for.
+    """
 
     name: str
     seconds: float
@@ -390,6 +395,8 @@ def _device(
             continue  # after the last step
         name, unit, cost_of = _kernel_row(span, by, names)
         phase = phase_at(pieces[number], launched)
+        if span.name.startswith("Memcpy HtoD") and phase in ("forward", "other"):
+            phase = "data"
         by_step[number].append((span, name, phase, unit, cost_of, launched))
     sums: dict[str, _Sum] = defaultdict(_Sum)
     times: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
@@ -418,8 +425,12 @@ def _device(
             idle = max(0.0, span.start - cursor)
             busy = max(0.0, span.end - max(cursor, span.start))
             if idle:
-                gaps.append((idle, name, _cause(cursor, launched, pieces[number])))
-            times[phase][0] += idle + busy
+                cause = _cause(cursor, launched, pieces[number])
+                gaps.append((idle, name, cause))
+                times["data" if cause == "data" else phase][0] += idle
+                if number == len(every) - 1:
+                    timeline.append((IDLE, IDLE, (cursor - start) / 1e6, idle / 1e6))
+            times[phase][0] += busy
             times[phase][1] += busy
             times[phase][2] += 1
             cursor = max(cursor, span.end)

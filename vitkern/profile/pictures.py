@@ -8,10 +8,11 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from vitkern.profile.analysis import Analysis
+from vitkern.profile.analysis import IDLE, Analysis
 from vitkern.profile.trace import PHASES
 
 COLORS = dict(zip(PHASES, ("#f08c00", "#1971c2", "#0b7285", "#9c36b5", "#adb5bd"), strict=True))
+RED = "#e03131"
 STYLE = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -58,7 +59,7 @@ def _times(a: Analysis) -> str:
                 top.text(left + width / 2, 0, text, ha="center", va="center", color="white")
             if a.on_gpu and phase.seconds > phase.busy:  # what of it was idle
                 idle = factor * (phase.seconds - phase.busy)
-                top.barh(-0.42, idle, left=left + width - idle, color="#e03131", height=0.18)
+                top.barh(-0.42, idle, left=left + width - idle, color=RED, height=0.18)
             left += width
         title = "Time of a step by phase"
         top.set(title=title + (", and how much of it the GPU was idle (red)" * a.on_gpu), yticks=[])
@@ -89,8 +90,8 @@ def _timeline(a: Analysis) -> str:
     for lane, kind, start, seconds in a.timeline:
         spans.setdefault(lane, []).append((factor * start, factor * seconds))
         name = kind if kind in COLORS else phases.get(lane, "other")
-        colors.setdefault(lane, []).append(COLORS[name])
-    lanes: list[Any] = [*(["phase"] if "phase" in spans else [])]
+        colors.setdefault(lane, []).append(RED if lane == IDLE else COLORS[name])
+    lanes: list[Any] = [lane for lane in ("phase", IDLE) if lane in spans]
     lanes += [op for op in longest if op in spans][:LANES]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 1.2 + 0.27 * len(lanes)), layout="constrained")
@@ -119,10 +120,10 @@ def _memory(a: Analysis) -> str:
         axes.fill_between(times, mib, step="post", color="#74c0fc", alpha=0.6)
         axes.plot(times, mib, drawstyle="steps-post", color="#1971c2", linewidth=1)
         peak = a.memory.peak / 2**20
-        axes.axhline(peak, color="#e03131", linewidth=1, linestyle="--")
+        axes.axhline(peak, color=RED, linewidth=1, linestyle="--")
         axes.annotate(
             f"peak {peak:,.1f} MiB, in {a.memory.peak_phase}", (times[0], peak), va="bottom",
-            color="#e03131", size=9,
+            color=RED, size=9,
         )  # fmt: skip
         held = "" if a.on_gpu else ", beyond what was there when recording began"
         title = f"Memory over the last step on the {a.memory.device}{held}"

@@ -158,7 +158,8 @@ def method(a: Analysis) -> list[str]:
     copy = a.ceilings.bytes_per_s and f", {a.ceilings.bytes_per_s / 1e9:,.0f} GB/s"
     what = (
         "Of a GPU: an op's time is that of its kernels; a step ends with its last kernel; idle "
-        "time counts towards the phase whose kernel ends it."
+        "time counts towards the phase whose kernel ends it, or as data where that waited for the "
+        "loader."
         if a.on_gpu
         else "Of a CPU: an op's time is that in which no op within it ran."
     )

@@ -185,7 +185,10 @@ def slow_ops(a: Analysis) -> Iterator[Verdict]:
     texts = []
     for row in far[:4]:
         if row.bound == "compute":
-            reached = f"{(row.flops_per_s or 0) / 1e9:,.3g} GFLOP/s"
+            flops = row.flops_per_s or 0.0
+            reached = (
+                f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
+            )
         else:
             reached = f"{(row.bytes_per_s or 0) / 1e9:,.3g} GB/s"
         texts.append(
