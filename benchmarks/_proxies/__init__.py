@@ -34,7 +34,7 @@ unit of width, traffic of weights (1.4 forward, 3.3 in all) taken off:
 - compile 84 and 270, where the model said 280; with those 22 of attention's it would be 292.
 - Inductor's own scheduler (PyTorch 2.14.1, a made-up H100, by hand, on these graphs) makes 17
   launches and 83.5 units forward, 48 and 267.7 in a training step, weights included. The rule: 17
-  and 85.5, 47 and 273.5, from PyTorch 2.8's graphs as from 2.14's. Inductor adds up the stream twice
+  and 85.5, 47 and 273.5, of PyTorch 2.8's graphs and of 2.14's. Inductor adds up the stream twice
   in place of keeping it after attention, and sums for the norms' parameters along with their rows
   ("mix-order reductions").
 """
