@@ -4,6 +4,7 @@ The made-up traces are in the format of Kineto, PyTorch's tracer, as it writes t
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,19 @@ def test_the_page_of_a_gpu_says_what_matters() -> None:
         assert text in page
     assert "0.90 ms (+11%)" in page
     assert page.count("data:image/png;base64,") == 3
+
+
+def test_it_works_without_matplotlib_and_rich(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("matplotlib", "rich"):
+        monkeypatch.setitem(sys.modules, package, None)
+    a = analysed(training())
+    assert report.NO_PICTURES in report.html(a)
+    report.show(a, Path("x"))
+    said = capsys.readouterr().out
+    assert "layer_norm" in said
+    assert "Data arrives too late" in said
 
 
 # A real run

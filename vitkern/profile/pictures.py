@@ -121,13 +121,12 @@ def _memory(a: Analysis) -> str:
         axes.plot(times, mib, drawstyle="steps-post", color="#1971c2", linewidth=1)
         peak = a.memory.peak / 2**20
         axes.axhline(peak, color=RED, linewidth=1, linestyle="--")
-        axes.annotate(
-            f"peak {peak:,.1f} MiB, in {a.memory.peak_phase}", (times[0], peak), va="bottom",
-            color=RED, size=9,
-        )  # fmt: skip
+        text = f"peak {peak:,.1f} MiB, in {a.memory.peak_phase}"
+        place = axes.get_yaxis_transform()  # x in shares of the width
+        axes.text(0.005, peak, text, transform=place, va="bottom", color=RED, size=9)
         held = "" if a.on_gpu else ", beyond what was there when recording began"
         title = f"Memory over the last step on the {a.memory.device}{held}"
         axes.set(title=title, xlabel=f"{unit}, when the host asked for it", ylabel="MiB")
         axes.set_ylim(0, 1.15 * max([peak, *mib, 1e-9]))
-        axes.set_xlim(times[0], times[-1])
+        axes.set_xlim(0, times[-1])
         return _png(figure)

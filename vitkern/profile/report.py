@@ -16,7 +16,7 @@ from vitkern.profile.trace import Trace, parse, phases, windows
 from vitkern.profile.verdicts import judge, ms
 
 LONGEST = 25  # rows of the table; the rest is one row
-NO_PICTURES = "Pictures need matplotlib: pip install 'vitkern[profile]'."
+NO_PICTURES = "Pictures need matplotlib: pip install matplotlib."
 
 HEAD = ("op", "time", "share", "calls", "launches", "TFLOP/s", "GB/s", "roofline")
 
