@@ -20,7 +20,8 @@ from vitkern.kernels import REGISTRY, _op
 from vitkern.kernels._op import Op, Sample
 from vitkern.kernels.layer_norm import LAYER_NORM
 from vitkern.profile import counting, report
-from vitkern.profile.analysis import Analysis, Ceilings, analyse, short_kernel
+from vitkern.profile.analysis import analyse, short_kernel
+from vitkern.profile.figures import Analysis, Ceilings
 from vitkern.profile.trace import Span, load, parse, phases, windows
 from vitkern.profile.verdicts import judge
 

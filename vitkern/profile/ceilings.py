@@ -6,7 +6,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from vitkern.kernels._op import dtype_name
-from vitkern.profile.analysis import Ceilings
+from vitkern.profile.figures import Ceilings
 
 SECONDS = 0.15  # for each measurement
 

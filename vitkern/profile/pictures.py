@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from vitkern.profile.analysis import IDLE, Analysis
+from vitkern.profile.figures import IDLE, Analysis, short
 from vitkern.profile.trace import PHASES
 
 COLORS = dict(zip(PHASES, ("#f08c00", "#1971c2", "#0b7285", "#9c36b5", "#adb5bd"), strict=True))
@@ -65,13 +65,15 @@ def _times(a: Analysis) -> str:
         top.set(title=title + (", and how much of it the GPU was idle (red)" * a.on_gpu), yticks=[])
         top.spines["left"].set_visible(False)
         top.set_xlim(0, left or 1)
-        names = [row.op for row in rows]
         bottom.barh(
-            names, [factor * row.seconds for row in rows], color=[COLORS[r.phase] for r in rows]
+            range(len(rows)),
+            [factor * row.seconds for row in rows],
+            color=[COLORS[r.phase] for r in rows],
         )
         for i, row in enumerate(rows):
             rate = "" if row.roofline is None else f", {row.roofline:.0%} of roofline"
             bottom.text(factor * row.seconds, i, f" {row.share:.1%}{rate}", va="center", size=9)
+        bottom.set_yticks(range(len(rows)), [short(row.op) for row in rows])
         bottom.invert_yaxis()
         bottom.margins(x=0.22)
         bottom.set(title="By op, in the color of its phase", xlabel=f"{unit} a step")
@@ -98,7 +100,7 @@ def _timeline(a: Analysis) -> str:
         axes = figure.subplots()
         for i, lane in enumerate(lanes):
             axes.broken_barh(spans[lane], (i - 0.38, 0.76), facecolors=colors[lane])
-        axes.set_yticks(range(len(lanes)), lanes)
+        axes.set_yticks(range(len(lanes)), list(map(short, lanes)))
         axes.invert_yaxis()
         where = "the GPU" if a.on_gpu else "the CPU"
         axes.set(title=f"Timeline of the last step on {where}", xlabel=unit)

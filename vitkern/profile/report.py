@@ -11,7 +11,8 @@ import torch
 
 from vitkern._table import columns
 from vitkern.profile import ceilings as measured
-from vitkern.profile.analysis import Analysis, Ceilings, Row, analyse, known_card
+from vitkern.profile.analysis import analyse, known_card
+from vitkern.profile.figures import Analysis, Ceilings, Row, short
 from vitkern.profile.trace import Trace, parse, phases, windows
 from vitkern.profile.verdicts import judge, ms
 
@@ -94,7 +95,7 @@ def _phase_track(trace: Trace) -> list[dict[str, Any]]:
 def cells(row: Row) -> tuple[str, ...]:
     """A row of the table as text."""
     return (
-        row.op + (" [ATen]" if row.implementation == "ATen" else ""),
+        short(row.op) + (" [ATen]" if row.implementation == "ATen" else ""),
         ms(row.seconds),
         f"{row.share:.1%}",
         f"{row.calls:,.0f}" if row.calls else "",
@@ -257,7 +258,7 @@ def show(a: Analysis, out: Path) -> None:
             table.add_column(head, justify="right" if i else "left", no_wrap=True)
         for line in lines(a):
             table.add_row(*map(markup.escape, line))
-        Console(width=max(console.width, 110)).print(table)
+        Console(width=max(console.width, 116)).print(table)
         say = lambda text: console.print(text, markup=False, highlight=False)  # noqa: E731
     else:
         print(f"{a.device}: {summary}\n{columns([HEAD, *lines(a)])}")

@@ -11,7 +11,7 @@ import torch
 
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._op import kernel_problem
-from vitkern.profile.analysis import OVERHEAD, Analysis
+from vitkern.profile.figures import OVERHEAD, Analysis
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,14 @@ def host_overhead(a: Analysis) -> Iterator[Verdict]:
         yield Verdict(
             "Python and PyTorch around the ops take their time",
             f"{ms(row.seconds)} of {ms(a.seconds)} passed outside of any op, part of it the "
-            "profiler's own.",
-            "A larger batch, so that each call does more; torch.compile.",
+            "profiler's own"
+            + (
+                ", part of it in kernels that torch.compile made: on a CPU these record nothing."
+                if a.compiled
+                else "."
+            ),
+            "A larger batch, so that each call does more"
+            + ("." if a.compiled else "; torch.compile."),
             row.share,
         )
 
