@@ -52,7 +52,7 @@ class _Sum:
     launches: int = 0
     counted: dict[int, Span] = field(default_factory=dict)
     phases: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    aten: float = 0.0  # time of kernels that ATen launched
+    aten: float = 0.0  # time of kernels that ATen launched within the op
 
 
 class _Names:
@@ -292,8 +292,7 @@ def _device(
                 item.units.add(id(unit))
             if cost_of is not None:
                 item.counted[id(cost_of)] = cost_of
-            by = trace.launched_by.get(id(span))
-            if by is not None and any(a.name.startswith("aten::") for a in by.ancestry()):
+            if unit is not None and _by_aten(trace.launched_by[id(span)], unit):
                 item.aten += span.duration
             idle = max(0.0, span.start - cursor)
             busy = max(0.0, span.end - max(cursor, span.start))
@@ -327,6 +326,16 @@ def _device(
         before={name: value / n / 1e6 for name, value in _descending(following)[:10]},
     )
     return lengths, sums, times, idle_time, timeline
+
+
+def _by_aten(launcher: Span, op: Span) -> bool:
+    """Whether a kernel that `launcher` launched within `op` is one of ATen's."""
+    for above in launcher.ancestry():
+        if above is op:
+            return False
+        if above.name.startswith("aten::"):
+            return True
+    return False
 
 
 def _cause(gap_start: float, launched: float, pieces: Sequence[Phase]) -> str:
@@ -398,8 +407,9 @@ def _make_row(name: str, item: _Sum, n: int, total: float, on_gpu: bool, ceiling
     rated = possible > 0 and seconds > 0 and len(known) == len(costs)
     ours = name.partition(" ")[0] in REGISTRY
     kind = ""
-    if on_gpu and ours:
-        kind = "ATen" if item.aten > item.time / 2 else "kernel"
+    if on_gpu and ours:  # "NAME (cublas)" has ATen's product on purpose
+        by_aten = name.endswith(" (backward)") or (item.aten > item.time / 2 and " (" not in name)
+        kind = "ATen" if by_aten else "kernel"
     if name.startswith("optimizer") and any(map(_fused, item.counted.values())):
         kind = "fused"
     return Row(
