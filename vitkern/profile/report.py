@@ -17,7 +17,10 @@ from vitkern.profile.trace import Trace, parse, phases, windows
 from vitkern.profile.verdicts import judge, ms
 
 LONGEST = 25  # rows of the table; the rest is one row
-NO_PICTURES = "Pictures need matplotlib: pip install matplotlib."
+NO_PICTURES = (
+    "More pictures need matplotlib. Where it is installed, python -m vitkern profile --trace "
+    "trace.json draws them from what was recorded here."
+)
 
 HEAD = ("op", "time", "share", "calls", "launches", "TFLOP/s", "GB/s", "roofline")
 
@@ -31,6 +34,8 @@ h1 { font-size: 1.5em; margin-bottom: 0; } h2 { font-size: 1.15em; margin-top: 2
 .verdict { border-left: 5px solid #e8590c; background: #fff4ec; padding: 8px 14px; margin: 10px 0; }
 .verdict.good { border-color: #2b8a3e; background: #ebfbee; } .verdict p { margin: 3px 0; }
 .gain { float: right; color: #666; } img { max-width: 100%; }
+.phases { display: flex; } .phases div { background: #74c0fc; border-right: 2px solid white;
+  overflow: hidden; white-space: nowrap; padding: 6px 0; text-indent: 6px; }
 table { border-collapse: collapse; font-size: .9em; width: 100%; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #e9ecef; }
 th:first-child, td:first-child { text-align: left; }
@@ -233,7 +238,11 @@ def _choices(a: Analysis) -> str:
 
 def _pictures(a: Analysis) -> str:
     if find_spec("matplotlib") is None:
-        return f"<p>{NO_PICTURES}</p>"
+        parts = "".join(
+            f"<div style='width:{p.share:.2%}'>{escape(p.name)} {p.share:.0%}</div>"
+            for p in a.phases
+        )
+        return f"<div class=phases>{parts}</div><p>{NO_PICTURES}</p>"
     from vitkern.profile.pictures import draw
 
     return "".join(
