@@ -5,6 +5,8 @@ The made-up traces are in the format of Kineto, PyTorch's tracer, as it writes t
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from vitkern import __main__ as cli
 from vitkern.kernels import REGISTRY, _op
 from vitkern.kernels._op import Op, Sample
 from vitkern.kernels.layer_norm import LAYER_NORM
-from vitkern.profile import counting, report
+from vitkern.profile import counting, report, session
 from vitkern.profile.analysis import analyse, short_kernel
 from vitkern.profile.figures import Analysis, Ceilings
 from vitkern.profile.trace import Span, load, parse, phases, windows
@@ -557,6 +559,33 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
         vitkern.profile(tmp_path),
     ):
         pass
+
+
+def test_nvtx_ranges_are_balanced_also_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the GPU's part played by a list."""
+    said: list[str] = []
+
+    @contextmanager
+    def emit(**_: Any) -> Iterator[None]:
+        said.append("on")
+        yield
+        said.append("off")
+
+    monkeypatch.setattr(session, "emit_nvtx", emit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", said.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    with (  # noqa: PT012
+        pytest.raises(KeyError),
+        vitkern.profile(tmp_path / "none", nvtx=True) as p,
+    ):
+        p.step()
+        raise KeyError
+    assert said == ["on", "step 0", "pop", "step 1", "pop", "off"]
+    assert p.analysis is None
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("text", ["not json", "[1", '{"traceEvents": 3}', '{"traceEvents": []}'])
