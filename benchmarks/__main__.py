@@ -59,10 +59,14 @@ def parser() -> argparse.ArgumentParser:
         "compare",
         help="what got faster or slower from one run to another",
         description="Compare two runs, contender by contender. Exit code 1: one of ours is slower "
-        "by more than both runs scatter.",
+        "by more than --fail-slower and than both runs scatter, or is no longer right.",
     )
     compare.add_argument("before", type=Path, metavar="A")
     compare.add_argument("after", type=Path, metavar="B")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the ratios here")
+    compare.add_argument(
+        "--fail-slower", type=float, default=2, metavar="PERCENT", help="default: %(default)s"
+    )
 
     commands.add_parser(
         "readme",
@@ -79,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     )
     proxies.add_argument("model", nargs="?", default="vit_base_patch16_224", help="%(default)s")
     proxies.add_argument("--batch", type=int, default=256, help="default: %(default)s")
-    proxies.add_argument("--json", type=Path, metavar="FILE", help="append the rows here")
+    proxies.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
 
     gpu = commands.add_parser(
         "gpu",
@@ -144,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "compare":
             from ._report import main_compare
 
-            return main_compare(options.before, options.after)
+            return main_compare(options.before, options.after, options.json, options.fail_slower)
         if options.command == "readme":
             from ._report import main_readme
 

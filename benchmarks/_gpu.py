@@ -25,7 +25,7 @@ from typing import IO
 
 import torch
 
-from . import _report
+from . import _proxies, _report
 from ._contest import Log, Row
 from ._measure import Clock, environment
 
@@ -173,6 +173,8 @@ def main(minutes: float, folder: Path, device: torch.device, clock: Clock = time
                     f"({row['seconds']:.0f} s)",
                     flush=True,
                 )
+        for row in _proxies.proxies():
+            log.add(row)
     finally:
         log.close()
         _report.main_report([log.path], folder, pictures=False)

@@ -5,7 +5,6 @@ calls that are timed can be held against float64: a mean over copies has the gra
 """
 
 import contextlib
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ from vitkern import roofline
 
 from ._contest import Contender, Contest, Ready, Unfit
 from ._measure import Call, Ceilings, parity
-from .peers.networks import RIVALS, Network
+from .peers.networks import RIVALS, Network, build_ours
 
 # A network for checking the machinery where the real ones would take minutes.
 TOY = {
@@ -206,12 +205,6 @@ def graphed(step: Call) -> Call:
     return replay
 
 
-def build_ours(model: vitkern.ViT, precision: Precision, device: torch.device) -> Network:
-    """The model itself."""
-    copied = copy.deepcopy(model).to(device, precision.weights)
-    return Network(copied, copied)
-
-
 def start(
     setting: Setting,
     device: torch.device,
@@ -233,7 +226,7 @@ def start(
     config = ours_config(setting)
     images, labels = batch(config, setting.batch, device, precision.weights)
     run: Callable[[Tensor], Tensor] = network.call
-    if graph and build is build_ours and not training:
+    if graph and module is not None and build is build_ours and not training:
         graphed(lambda: None)  # there must be a GPU
         with precision.context(device):
             run = vitkern.capture(module, images, batch_sizes=[setting.batch])

@@ -512,8 +512,8 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks matrix products to run in on `device`; None outside autocast."""
-    if not torch.is_autocast_enabled(device.type):
-        return None
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None  # autocast knows no "meta", and raises
     return torch.get_autocast_dtype(device.type)
 
 

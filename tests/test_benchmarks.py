@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import vitkern
 from benchmarks import _cases, _gpu, _grid, _models, _ops, _session
 from benchmarks._cases import Case, cases, implementations, results, timed, unfit
 from benchmarks._contest import Absent, Bench, Contender, Contest, Log, Ready, Row, Unfit
 from benchmarks._measure import Ceilings, Stats, Timer, parity, repeats
 from benchmarks._session import Session
+from benchmarks.peers import ops as peers
 from tests.error_budget import as_tuple, in_float64
 from vitkern import kernels
 from vitkern.kernels import REGISTRY, layer_norm
@@ -397,8 +399,8 @@ def test_a_peer_is_called_as_the_public_function_is(monkeypatch: pytest.MonkeyPa
         given.append(arguments)
         return layer_norm(**arguments, impl="reference")
 
-    made = _ops.peers.Peer(peer, (_ops.peers.XFORMERS,))
-    monkeypatch.setitem(_ops.peers.OPS, "layer_norm", {"a peer": made})
+    made = peers.Peer(peer, (peers.XFORMERS,))
+    monkeypatch.setitem(peers.OPS, "layer_norm", {"a peer": made})
     for op in (LAYER_NORM, LAYER_NORM_BACKWARD):
         contest = _ops.contest(case_of(op), CPU)
         ready = contest.contenders["a peer"].start()
@@ -438,12 +440,12 @@ def test_models_are_checked_in_the_very_call_that_is_timed(
     ready = contest.contenders["vitkern"].start()
     assert ready.check()["ok"]
     # A model that is wrong in its last image only.
-    forward = _models.vitkern.ViT.forward
+    forward = vitkern.ViT.forward
 
     def wrong(self: Any, images: Tensor) -> Tensor:
         return forward(self, images) * torch.tensor([1, 1, 1, 1.01])[:, None]
 
-    monkeypatch.setattr(_models.vitkern.ViT, "forward", wrong)
+    monkeypatch.setattr(vitkern.ViT, "forward", wrong)
     bench = Bench(Timer(CPU), CEILINGS, seconds=0.001)
     rows = {f.row["impl"]: f.row for f in bench.hold(contest, ["vitkern", "eager"])}
     assert not rows["vitkern"]["parity"]["ok"]
@@ -453,13 +455,13 @@ def test_models_are_checked_in_the_very_call_that_is_timed(
 
 
 def test_wrong_gradients_alone_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = _models.vitkern.ViT.forward
+    forward = vitkern.ViT.forward
 
     def wrong(self: Any, images: Tensor) -> Tensor:
         logits = forward(self, images)
         return logits + 0.01 * (logits - logits.detach())
 
-    monkeypatch.setattr(_models.vitkern.ViT, "forward", wrong)
+    monkeypatch.setattr(vitkern.ViT, "forward", wrong)
     found = {}
     for step in ("forward", "train"):
         contest = _models.contest(_models.Setting("toy", 2, step), CPU)
@@ -503,7 +505,8 @@ class Benchmark:
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Session, Clock]]:
     """A run of two groups, ten minutes long, on a made-up clock."""
-    clock, told = Clock(), []
+    clock = Clock()
+    told: list[str] = []
     groups = {"one": ["ours", "peer"], "two": ["ours", "peer"]}
     run = Session(tmp_path / "r.jsonl", "toy", groups, 10.0, 100.0, told.append, clock)
     run.timer = Timer(CPU, clock)
@@ -669,6 +672,7 @@ def test_the_gpu_command_goes_on_after_a_failure(
 ) -> None:
     row = json.dumps({"kind": "absent", "impl": "x", "why": "y"})
     writes = f"open({str(tmp_path / 'results.jsonl')!r}, 'a').write({row!r} + chr(10))"
+    monkeypatch.setattr("benchmarks._proxies.proxies", lambda: [])
     monkeypatch.setattr(
         _gpu, "steps", lambda *_: [step_of("raise SystemExit(1)"), step_of(writes)]
     )  # fmt: skip

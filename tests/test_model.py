@@ -239,6 +239,15 @@ def test_other_dtypes(dtype: torch.dtype, images: Tensor) -> None:
     assert {p.dtype for p in built.parameters()} == {dtype}
 
 
+def test_shapes_on_meta() -> None:
+    model = vitkern.ViT(**SMALL, device="meta")
+    images = torch.empty(2, 3, *model.config.img_size, device="meta")
+    logits = model(images)
+    assert logits.shape == (2, model.config.num_classes)
+    logits.sum().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_from_meta_to_a_device(images: Tensor) -> None:
     model = build(mean=0.3)
     empty = vitkern.ViT(**SMALL, mean=0.3, device="meta").to_empty(device="cpu")

@@ -277,9 +277,8 @@ def test_compiled_networks_are_ours(name, mode, compiled):
     assert_same_function(network, ours)
 
 
-def test_past_the_limit_dynamo_says_so_and_forgetting_helps(compiled, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_past_the_limit_dynamo_says_so_and_forgetting_helps(compiled):
     def run(batch: int) -> None:
         ours = make(**{**TOY, "depth": 1}).eval()
         build("timm compile", ours).call(pixels(ours)[:batch])

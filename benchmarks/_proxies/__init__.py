@@ -8,10 +8,10 @@ operators are the same, one by one.)
 
 Four ways of running it:
 
-vitkern                    Our kernels: bytes as the ops declare them, launches as they pass the one
-                           gate. The block is one of many: the statistics of its first norm come
-                           from the block before, and it leaves some to the next. A model has one
-                           launch more, which makes the first. Casts of weights are ATen's.
+vitkern                    Our kernels, launches as they pass the one gate. The block is one of
+                           many: the statistics of its first norm come from the block before, and it
+                           leaves some to the next. A model has one launch more, which makes the
+                           first. Casts of weights are ATen's.
 eager, timm                Each operator that PyTorch dispatches, views and allocations apart, is
                            one launch; its bytes are the distinct elements that it reads and writes.
 timm compile (predicted)   The graphs that torch.compile would make of timm's block: AOTAutograd,
@@ -22,8 +22,9 @@ All are lower bounds: a kernel may read twice what is larger than a cache, and a
 may be several kernels, such as the backward of attention and of layer norm.
 
 Our ops declare what a perfect kernel moves. What the launches of one op read again (dz, dqkv) or
-leave to each other (act(z)) is not in it, fifty units a training step. `launch_bytes` counts ours
-as everything else is counted: the tensors that each launch is given. It is what to compare with.
+leave to each other (act(z)) is not in it, fifty units a training step. So there are two figures:
+`declared_bytes`, and `bytes`, which counts ours as everything else is counted, by the tensors that
+each launch is given.
 
 Checked against what else is known, for B/16 at batch 256 under autocast, in bytes per token and
 unit of width, traffic of weights (1.4 forward, 3.3 in all) taken off:
@@ -144,7 +145,7 @@ def proxies(
 
 HEAD = (
     *("block of", "step", "implementation", "launches", "HBM MiB"),
-    *("units", "units by launch", "saved MiB"),
+    *("units", "units declared", "saved MiB"),
 )
 
 
@@ -165,7 +166,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
                 f"{row['launches']} ({row['weight_casts']} cast weights)",
                 f"{row['bytes'] / 2**20:,.0f}",
                 f"{row['width_units']:.1f}",
-                f"{row['width_units'] * row['launch_bytes'] / row['bytes']:.1f}",
+                f"{row['width_units'] * row['declared_bytes'] / row['bytes']:.1f}",
                 "" if kept is None else f"{kept / 2**20:,.0f}",
             )
         )

@@ -33,13 +33,13 @@ ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "n
 class Cost:
     """Of one step: launches, among them those that only cast a weight; bytes read and written.
 
-    bytes: of our ops as they declare them. launch_bytes: of all as of ATen's, launch by launch.
+    bytes: launch by launch. declared_bytes: of our ops as they declare them.
     """
 
     launches: int = 0
     weight_casts: int = 0
     bytes: int = 0
-    launch_bytes: int = 0
+    declared_bytes: int = 0
     saved_bytes: int | None = None
 
 
@@ -116,7 +116,7 @@ class Counter(TorchDispatchMode):
         moved = moved_bytes(read) + moved_bytes(written)  # what is changed in place counts twice
         self.cost.launches += 1
         self.cost.bytes += moved
-        self.cost.launch_bytes += moved
+        self.cost.declared_bytes += moved
         if func is ATEN._to_copy.default and self.is_weight(read[0]):
             self.cost.weight_casts += 1
             self._alive.append(out)
@@ -129,13 +129,13 @@ class Counter(TorchDispatchMode):
         assert op.launcher is not None
         names = [argument.name for argument in func._schema.arguments]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.cost.bytes += op.bytes_moved(**arguments)
+        self.cost.declared_bytes += op.bytes_moved(**arguments)
         with intercept(self._launched, CAPABILITY), self:  # it may call ATen as well
             return op.launcher(**arguments)
 
     def _launched(self, launch: Launch) -> None:
         self.cost.launches += 1
-        self.cost.launch_bytes += moved_bytes(tensors_in(launch.args))
+        self.cost.bytes += moved_bytes(tensors_in(launch.args))
 
 
 class FusedAttention(TorchFunctionMode):

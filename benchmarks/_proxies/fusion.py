@@ -184,7 +184,7 @@ class Fusion:
             made = [t for n in kernel for t in results(n)]
             moved += sum(nbytes(t) for t in made if kinds == {OPAQUE} or t in wanted)
             total.bytes += moved
-            total.launch_bytes += moved
+            total.declared_bytes += moved
             total.launches += 2 if COLUMNS in kinds else 1
             total.weight_casts += kinds == {POINTWISE} and tensors.keys() <= weights
 

@@ -222,13 +222,16 @@ def _proxies(results: Results) -> list[str]:
     made = []
     for row in rows:
         case = f"{row['model']} b{row['batch']} {row['precision']}"
-        memory = (mib(row["bytes"]), f"{row['width_units']:.0f}", mib(row.get("saved_bytes")))
-        made.append((case, row["step"], row["impl"], row["launches"], *memory))
-    head = ("model", "step", "implementation", "launches", "HBM MiB", "in units of tokens x width")
+        declared = row["width_units"] * row.get("declared_bytes", row["bytes"]) / row["bytes"]
+        casts = f" ({row['weight_casts']} cast weights)" if row.get("weight_casts") else ""
+        memory = (f"{row['width_units']:.0f}", f"{declared:.0f}", mib(row.get("saved_bytes")))
+        made.append((case, row["step"], row["impl"], f"{row['launches']}{casts}", *memory))
+    head = ("model", "step", "implementation", "launches", "bytes, in units", "as declared")
     return [
         "## A transformer block, counted",
         "",
-        "From declarations and graphs, without a GPU: not measured.",
+        "From launches, declarations and graphs, without a GPU: not measured. Bytes of HBM by "
+        "launch, and of our ops as they declare them, both per token and unit of width.",
         "",
         *table((*head, "saved for backward, MiB"), made),
     ]
