@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from vitkern.kernels._error_budget import parity as parity
 from vitkern.kernels._op import dtype_name
+from vitkern.profile import ceilings
 
 # Whose versions a measurement depends on.
 PACKAGES = (
@@ -153,19 +153,14 @@ class Ceilings:
     copy: str
 
     @classmethod
-    def measure(cls, timer: Timer, dtypes: Iterable[torch.dtype]) -> "Ceilings":
+    def measure(cls, device: torch.device, dtypes: Iterable[torch.dtype]) -> "Ceilings":
         """A large square product in each dtype, and a large copy, read plus written."""
-        cuda = timer.device.type == "cuda"
-        n, size = (8192, 1 << 30) if cuda else (1024, 1 << 25)
-        rates = {}
-        for dtype in dtypes:
-            a, b = (torch.randn(n, n, device=timer.device).to(dtype) for _ in range(2))
-            rates[dtype_name(dtype)] = 2 * n**3 / timer(partial(torch.matmul, a, b)).median
-        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=timer.device)
-        target = torch.empty_like(source)
+        n, size = (8192, 1 << 30) if device.type == "cuda" else (2048, 1 << 26)
+        found = ceilings.measure(device, dtypes, n, size)
+        assert found.bytes_per_s is not None
         return cls(
-            flops_per_s=rates,
-            bytes_per_s=2 * size / timer(lambda: target.copy_(source)).median,
+            flops_per_s=dict(found.flops_per_s),
+            bytes_per_s=found.bytes_per_s,
             matmul=f"{n}^3",
             copy=f"{size >> 20} MiB, read and written",
         )

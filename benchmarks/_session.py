@@ -66,7 +66,7 @@ class Session:
     def bench(self) -> Bench:
         """Made when it is first needed: measuring the ceilings takes a moment."""
         if self._bench is None:
-            ceilings = Ceilings.measure(self.timer, dtypes(DEVICE))
+            ceilings = Ceilings.measure(DEVICE, dtypes(DEVICE))
             self.log.add({"kind": "ceilings", **vars(ceilings)})
             self._bench = Bench(self.timer, ceilings, self.seconds)
         return self._bench
