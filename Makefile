@@ -41,19 +41,19 @@ format: .venv/test  ## lay the code out, and mend what ruff can mend by itself
 	$(RUN) ruff check --fix-only
 	$(RUN) ruff format
 
-bench: .venv/bench vitkern/kernels  ## benchmarks on this machine, with or without a GPU
+bench: .venv/bench .venv/peers vitkern/kernels  ## ours beside all others, with or without a GPU; a report
 	$(RUN) pytest benchmarks --benchmark-only
 
-gpu: vitkern/kernels  ## everything that needs a GPU; PYTHON=... MINUTES=10 OUT=build/gpu
-	$(PYTHON) -m benchmarks gpu --minutes $(MINUTES) --out $(OUT)
+gpu: vitkern/kernels  ## everything that needs a GPU; PYTHON=... MINUTES=10 OUT=build/gpu STEPS=...
+	$(PYTHON) -m benchmarks gpu --minutes $(MINUTES) --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 clean:  ## remove what the tasks above made
 	rm -rf .venv .venv-sanitize build dist runs *.egg-info vitkern/kernels kernels/native/*.so
 	rm -rf .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	find vitkern kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
-# An environment with the extra of the same name. All three are one folder, so the last one adds.
-.venv/demo .venv/bench .venv/test: .venv/%: pyproject.toml setup.py
+# An environment with the extra of the same name. All are one folder, so the last one adds.
+.venv/demo .venv/bench .venv/peers .venv/test: .venv/%: pyproject.toml setup.py
 	@printf '\n=== installing .[$*] into .venv\n'
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	$(RUN) pip install --quiet --disable-pip-version-check --editable '.[$*]'

@@ -94,6 +94,12 @@ def parser() -> argparse.ArgumentParser:
     )
     gpu.add_argument("--minutes", type=float, default=10, help="time budget, default: %(default)s")
     gpu.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="DIR")
+    gpu.add_argument(
+        "--steps",
+        nargs="+",
+        metavar="STEP",
+        help="of native tests selfcheck models ops tune models-full ops-full (default: all)",
+    )
     gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
 
     tune = commands.add_parser(
@@ -162,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             from . import _gpu
 
-            return _gpu.main(options.minutes, options.out, torch.device(options.device))
+            device = torch.device(options.device)
+            return _gpu.main(options.minutes, options.out, device, options.steps)
         if options.command == "tune":
             import torch
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +42,7 @@ PATIENCE = 15
 class Step:
     """One process, Python's.
 
-    share: of all the time, by which it must have ended; what one step leaves over goes to the next.
+    share: of the time, against those of the other steps; what one leaves over goes to the next.
     argv: what Python is given, for a step of so many seconds. needs: modules and programs without
     which it is left out. good: exit codes of success. variables: of its environment.
     """
@@ -69,7 +69,7 @@ def steps(folder: Path, device: str) -> list[Step]:
         argv = [*pytest, f"benchmarks/test_{what}.py", "--benchmark-only", "--no-report"]
         argv += [f"--grid={'toy' if toy else grid}", f"--results={results}"]
         return Step(
-            f"{what}, {grid} grid",
+            what if grid == "small" else f"{what}-{grid}",
             share,
             # It stops by itself before it is stopped.
             lambda seconds: [*argv, f"--minutes={0.9 * seconds / 60:.3f}"],
@@ -86,26 +86,39 @@ def steps(folder: Path, device: str) -> list[Step]:
     tune_argv += ["--out", str(folder / "tuned.json")]
     return [
         Step(
-            "native build",
-            0.05,
+            "native",
+            5,
             lambda _: ["setup.py", "-q", "build_ext", "--inplace"],
             needs=("setuptools", "cmake", "nvcc"),
             variables={"VITKERN_NATIVE": "1", "VITKERN_CUDA": "1"},
         ),
-        Step("GPU tests", 0.25, lambda _: tests_argv, needs=("pytest",), good=NOTHING_FAILED),
+        Step("tests", 20, lambda _: tests_argv, needs=("pytest",), good=NOTHING_FAILED),
         # On a CPU kernels can only be interpreted.
         Step(
-            "self-check",
-            0.3,
+            "selfcheck",
+            5,
             lambda _: check_argv,
             variables={"TRITON_INTERPRET": "1" if toy else "0"},
         ),
-        bench("models", "small", 0.55),
-        bench("ops", "small", 0.7),
-        Step("tuning", 0.85, lambda s: [*tune_argv, "--minutes", f"{0.9 * s / 60:.3f}"]),
-        bench("models", "full", 0.95),
-        bench("ops", "full", 1.0),
+        bench("models", "small", 25),
+        bench("ops", "small", 15),
+        Step("tune", 15, lambda s: [*tune_argv, "--minutes", f"{0.9 * s / 60:.3f}"]),
+        bench("models", "full", 10),
+        bench("ops", "full", 5),
     ][1 if toy else 0 :]  # a rehearsal leaves no library behind
+
+
+def choose(every: list[Step], names: Sequence[str] | None) -> list[Step]:
+    """The steps of these names, in the order of all; all for None.
+
+    Raises:
+        ValueError: there is no such step.
+    """
+    known = [step.what for step in every]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--steps: unknown step {name!r}; expected some of {', '.join(known)}")
+    return [step for step in every if names is None or step.what in names]
 
 
 def run(step: Step, seconds: float, output: IO[str]) -> Row:
@@ -149,27 +162,35 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def main(minutes: float, folder: Path, device: torch.device, clock: Clock = time.monotonic) -> int:
-    """Run all steps; 0 if everything was right, 1 if not, 2 without a GPU."""
+def main(
+    minutes: float,
+    folder: Path,
+    device: torch.device,
+    names: Sequence[str] | None = None,
+    clock: Clock = time.monotonic,
+) -> int:
+    """Run the steps of these names, all for None; 0 if all was right, 1 if not, 2 without a GPU."""
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA GPU here, and this command measures one", file=sys.stderr)
         return 2
     if minutes <= 0:
         raise ValueError(f"--minutes: must be above 0, got {minutes}")
     begun, folder = clock(), folder.resolve()
+    chosen = choose(steps(folder, device.type), names)
     log = Log(folder / "results.jsonl")
     log.add({"kind": "about", "environment": environment(device), "device": device.type})
-    every = steps(folder, device.type)
     try:
         with (folder / "steps.log").open("a") as output:
-            for number, step in enumerate(every, 1):
+            for number, step in enumerate(chosen):
                 start = clock()
-                found = run(step, begun + step.share * 60 * minutes - start, output)
+                left = begun + 60 * minutes - start
+                share = step.share / sum(other.share for other in chosen[number:])
+                found = run(step, share * left, output)
                 row = {"kind": "step", "what": step.what, **found, "seconds": clock() - start}
                 log.add(row)
                 state = "" if found["ok"] else "FAILED: "
                 print(
-                    f"[{number}/{len(every)}] {step.what}: {state}{found['why']} "
+                    f"[{number + 1}/{len(chosen)}] {step.what}: {state}{found['why']} "
                     f"({row['seconds']:.0f} s)",
                     flush=True,
                 )

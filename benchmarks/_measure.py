@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkern._device import device_name
 from vitkern.kernels._error_budget import parity as parity
 from vitkern.kernels._op import dtype_name
 from vitkern.profile import ceilings
@@ -201,6 +202,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "uncommitted": bool(_output("git", "-C", str(root), "status", "--porcelain")),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": device_name(torch.device("cpu")),
         "cpu_threads": torch.get_num_threads(),
         "packages": versions(PACKAGES),
         "cuda": torch.version.cuda,

@@ -681,16 +681,37 @@ def test_the_gpu_command_goes_on_after_a_failure(
     assert "a step" in (tmp_path / "report.md").read_text()
 
 
-def test_the_gpu_commands_steps_end_in_time_and_begin_with_what_is_right() -> None:
+def test_the_gpu_commands_steps_begin_with_what_is_right() -> None:
     every = _gpu.steps(Path("out"), "cuda")
-    shares = [step.share for step in every]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
     names = [step.what for step in every]
-    assert names.index("GPU tests") < names.index("self-check") < names.index("models, small grid")
-    assert names.index("tuning") < names.index("models, full grid")
+    assert names.index("tests") < names.index("selfcheck") < names.index("models")
+    assert names.index("tune") < names.index("models-full")
     for step in every:
         assert all(isinstance(word, str) for word in step.argv(60.0))
+    chosen = _gpu.choose(every, ["models", "tests"])
+    assert [step.what for step in chosen] == ["tests", "models"]
+    with pytest.raises(ValueError, match="--steps: unknown step 'model'; expected some of native"):
+        _gpu.choose(every, ["model"])
+
+
+def test_a_step_gets_its_share_of_what_the_others_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, given = Clock(), []
+    takes = {"a": 10.0, "b": 300.0, "c": 1.0}
+
+    def run(step: _gpu.Step, seconds: float, output: Any) -> Row:
+        given.append((step.what, seconds))
+        clock.now += takes[step.what]
+        return {"ok": True, "why": ""}
+
+    shares = {"a": 25, "b": 50, "c": 25}
+    made = [_gpu.Step(name, share, lambda _: []) for name, share in shares.items()]
+    monkeypatch.setattr(_gpu, "steps", lambda *_: made)
+    monkeypatch.setattr(_gpu, "run", run)
+    monkeypatch.setattr("benchmarks._proxies.proxies", list)
+    assert _gpu.main(10.0, tmp_path, CPU, clock=clock) == 0
+    assert given == [("a", 150.0), ("b", 590 * 2 / 3), ("c", 290.0)]
 
 
 @pytest.mark.slow

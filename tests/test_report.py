@@ -72,7 +72,12 @@ def timed(seconds: float, against: float | None, flops: float, moved: float) -> 
 
 def rows_of_a_run(date: str = "2026-12-01T10:00:00+00:00", device: str = "cuda") -> list[Row]:
     """Wins, losses, draws, a wrong rival, a noisy group, absent peers."""
-    environment: Row = {"date": date, "commit": "c0ffee", "uncommitted": False, "cpu_threads": 2}
+    environment: Row = {
+        "date": date,
+        "commit": "c0ffee",
+        "uncommitted": False,
+        "cpu": "A CPU, 2 threads",
+    }
     environment["packages"] = {"torch": "2.11.0", "timm": "1.0.31", "flash-attn": None}
     if device == "cuda":
         smi = "name, driver_version, clocks.current.sm [MHz], temperature.gpu"
@@ -427,7 +432,7 @@ def test_readme_table(tmp_path: Path) -> None:
     text = readme_table(folder)
     assert text.startswith(NO_GPU)
     assert (
-        "**CPU**, 2 threads, 2026-12-01, torch 2.11.0, timm 1.0.31 "
+        "**A CPU, 2 threads**, 2026-12-01, torch 2.11.0, timm 1.0.31 "
         "(`benchmarks/results/cpu/2.jsonl`)" in text
     )
     assert cell(text, "vit_base_patch16_224 b128 forward")[1:] == [

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import vitkern
+from vitkern._device import device_name
 from vitkern.kernels import REGISTRY, _native
 from vitkern.kernels._op import KERNEL_DTYPES, dtype_name
 from vitkern.kernels._triton import TRITON_MISSING, triton
@@ -165,14 +166,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls it."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def parser() -> argparse.ArgumentParser:

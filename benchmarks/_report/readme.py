@@ -58,8 +58,6 @@ def readme_table(folder: Path) -> str:
         file = f"{folder.parent.name}/{folder.name}/{device}/{results.paths[0].name}"
         packages = results.environment.get("packages", {})
         about = [f"**{results.device}**", date[:10]]
-        if results.device == "CPU":
-            about.insert(1, f"{results.environment.get('cpu_threads')} threads")
         about += [f"{k} {packages[k]}" for k in ("torch", "timm") if packages.get(k)]
         text += [f"{', '.join(about)} (`{file}`):", ""]
         text += [*_table(results), _summary(results), ""]

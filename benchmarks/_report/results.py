@@ -64,7 +64,7 @@ class Results:
 
     @property
     def device(self) -> str:
-        """The card's name, or "CPU"."""
+        """The name of the card, or of the CPU with its threads."""
         return _device(self.about())
 
     def groups(self, level: str) -> dict[str, list[Row]]:
@@ -191,7 +191,8 @@ def _believable(rows: Iterable[Row]) -> list[Row]:
 
 
 def _device(about: Row) -> str:
-    return str(about.get("environment", {}).get("card", {}).get("name", "CPU"))
+    found = about.get("environment", {})
+    return str(found.get("card", {}).get("name") or found.get("cpu", "CPU"))
 
 
 def _parse(path: Path) -> list[Row]:

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.profiler import emit_nvtx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from vitkern._device import device_name
 from vitkern._version import __version__
 from vitkern.kernels._op import record_choices
 from vitkern.profile.trace import BEGIN, END, STEP
@@ -183,7 +184,7 @@ class profile:  # used like a function, as torch.profiler.profile is
         contents = load(path)
         gpu = torch.cuda.is_available()
         contents["vitkern"] = {
-            "device": torch.cuda.get_device_name() if gpu else _cpu(),
+            "device": torch.cuda.get_device_name() if gpu else device_name(torch.device("cpu")),
             "images": self._images,
             "warmup": self.warmup,
             "untraced_seconds": self._clock.seconds,
@@ -208,16 +209,6 @@ class profile:  # used like a function, as torch.profiler.profile is
 def _mark(name: str) -> None:
     with torch.profiler.record_function(name):
         pass
-
-
-def _cpu() -> str:
-    """What a person calls this processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, 'CPU')}, {torch.get_num_threads()} threads"
 
 
 class _Clock:
