@@ -19,7 +19,7 @@ from benchmarks._report import (
     readme_table,
     report,
 )
-from benchmarks._report.readme import NO_GPU
+from benchmarks._report.readme import NO_GPU, ROOT, update_readme
 
 MODELS = {"vit_small_patch16_224": 1.0, "vit_base_patch16_224": 3.8}
 IMAGES = 1e4  # a second, of the small model
@@ -330,7 +330,7 @@ def test_several_files_and_runs_are_read_as_one(tmp_path: Path) -> None:
     assert len(results.groups("op")) == 6
     assert all(row["why"] != "no" for row in results.of("left out"))
     other = lines(tmp_path / "d.jsonl", rows_of_a_run(device="cpu"))
-    with pytest.raises(ValueError, match="one device, got: CPU, NVIDIA H100"):
+    with pytest.raises(ValueError, match="one device, got: A CPU, 2 threads, NVIDIA H100"):
         read(a, other)
 
 
@@ -440,6 +440,7 @@ def test_readme_table(tmp_path: Path) -> None:
         "1.80 x",
         "1.70 x",
         "**0.92 x, a loss**",
+        "**0.92 x timm compile max-autotune, a loss**",
     ]
     assert cell(text, "vit_base_patch16_224 b128 train")[-1] == "1.00 x, within A/A"
     assert "b1 train" not in text  # the largest batch only
@@ -473,3 +474,9 @@ def test_update_readme(tmp_path: Path) -> None:
     readme.write_text("# Head\n<!-- results -->\n")
     with pytest.raises(ValueError, match=r"README\.md: expected the lines <!-- results -->"):
         _report.update_readme(readme, folder)
+
+
+def test_the_readme_is_what_the_results_make(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    assert not update_readme(copy, ROOT / "benchmarks" / "results")

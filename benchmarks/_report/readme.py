@@ -70,15 +70,16 @@ def _table(results: Results) -> list[str]:
     for group in _shown(groups):
         ours = results.ours.get(group, {})
         if "seconds" not in ours:
-            made.append((group, "wrong: no time", "", "", ""))
+            made.append((group, "wrong: no time", "", "", "", ""))
             continue
         rivals = [row for row in groups[group] if results.verdict(row) in ("win", "even", "loss")]
         plain = [[row for row in rivals if row["impl"] == name] for name in ("eager", "timm")]
         compiled = [row for row in rivals if "compile" in row["impl"]]
         cells = [_nearest(results, rows) for rows in (*plain, compiled)]
+        cells.append(_nearest(results, rivals, named=True))
         made.append((group, short(ours["images_per_s"]), *cells))
     head = ("", "vitkern, images/s", "speed-up against eager", "against timm")
-    return table((*head, "against the best torch.compile"), made)
+    return table((*head, "against the best torch.compile", "against the fastest of all"), made)
 
 
 def _shown(groups: dict[str, list[Row]]) -> list[str]:
@@ -92,12 +93,12 @@ def _shown(groups: dict[str, list[Row]]) -> list[str]:
     return [group for group in groups if group in shown]
 
 
-def _nearest(results: Results, rivals: list[Row]) -> str:
-    """The speed-up against the fastest of some rivals."""
+def _nearest(results: Results, rivals: list[Row], named: bool = False) -> str:
+    """The speed-up against the fastest of some rivals; and its name, if that is wanted."""
     if not rivals:
         return "not run"
     fastest = min(rivals, key=ratio)
-    text = f"{ratio(fastest):.2f} x"
+    text = f"{ratio(fastest):.2f} x" + (f" {fastest['impl']}" if named else "")
     marked = {"loss": f"**{text}, a loss**", "even": f"{text}, within A/A"}
     return marked.get(results.verdict(fastest), text)
 
