@@ -98,7 +98,8 @@ def parser() -> argparse.ArgumentParser:
         "--steps",
         nargs="+",
         metavar="STEP",
-        help="of native tests selfcheck models ops tune models-full ops-full (default: all)",
+        help="of native tests selfcheck models ops tune models-compiled ops-compiled "
+        "models-full ops-full (default: all)",
     )
     gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
 

@@ -89,7 +89,11 @@ class Result(NamedTuple):
 
 def failure(problem: Exception) -> Row:
     """A verdict on what raised."""
-    return {"ok": False, "why": f"{type(problem).__name__}: {problem}"[:500]}
+    return {"ok": False, "why": _in_words(problem)}
+
+
+def _in_words(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}"[:500]
 
 
 def held(check: Callable[[], Row]) -> Row:
@@ -115,53 +119,69 @@ class Bench:
         self.timer, self.ceilings, self.seconds = timer, ceilings, seconds
         self.together = together or (1 if timer.device.type == "cuda" else 100)
 
-    def hold(self, contest: Contest, names: Iterable[str]) -> Iterator[Result]:
-        """The results of these contenders and of ours."""
-        ours = contest.ours()
-        names = [name for name in names if name != ours]
-        rows: dict[str, Row] = {}
-        mine = self._enter(contest, ours, rows, ours=True)
+    def hold(
+        self, contest: Contest, names: Iterable[str], late: Callable[[], bool] = lambda: False
+    ) -> Iterator[Result]:
+        """The results of ours and of these contenders, as they come.
+
+        late: whether time is up; then the rest is left out.
+        """
+        names = list(names)
+        try:
+            ours = contest.ours()
+        except Exception as problem:  # the reference, then, which all would be held against
+            for name in names:
+                yield Result(_left_out(contest, name, f"no reference: {_in_words(problem)}"))
+            return
+        rivals = [name for name in names if name != ours]
+        mine = self._enter(contest, ours, ours=True)
+        if len(rivals) <= self.together:
+            yield from self._round(contest, mine, rivals, with_ours=True)
+            return
+        yield from self._round(contest, mine, [], with_ours=True)
+        for start in range(0, len(rivals), self.together):
+            part = rivals[start : start + self.together]
+            if late():
+                yield from (Result(_left_out(contest, name, "out of time")) for name in part)
+            else:
+                yield from self._round(contest, mine, part)
+
+    def _round(
+        self, contest: Contest, mine: "_Entered", names: list[str], with_ours: bool = False
+    ) -> Iterator[Result]:
+        """The results of these, and perhaps of ours, timed in turns with it."""
+        entered = [self._enter(contest, name) for name in names]
+        calls = {e.row["impl"]: e.call for e in entered if e.call is not None}
+        ours = mine.row["impl"]
+        if mine.call is not None and (calls or with_ours):
+            calls = {ours: mine.call, AGAIN: mine.call, **calls}
         times: dict[str, list[float]] = {}
-        ratios: dict[str, list[float]] = {}
-        a_a: list[float] = []
-        for start in range(0, max(len(names), 1), self.together):
-            part = names[start : start + self.together]
-            calls = {name: call for name in part if (call := self._enter(contest, name, rows))}
-            if mine is not None and (calls or not times):
-                calls = {ours: mine, AGAIN: mine, **calls}
-            try:
-                found = self.timer.in_turns(calls, self.seconds) if calls else {}
-            except torch.OutOfMemoryError:
-                for name in part:
-                    rows[name] = _left_out(contest, name, "not enough memory beside ours")
-                found = {}
-            for name, seconds in found.items():
-                if name == AGAIN:
-                    a_a += _ratios(seconds, found[ours])
-                    continue
-                times.setdefault(name, []).extend(seconds)
-                if mine is not None and name != ours:
-                    ratios[name] = _ratios(seconds, found[ours])
-            calls.clear()
-            _free(self.timer.device)
-        for name, row in rows.items():
-            if name in times:
-                stats = Stats.of(times[name])
+        try:
+            times = self.timer.in_turns(calls, self.seconds)
+        except torch.OutOfMemoryError:
+            why = "not enough memory beside ours" if names else "not enough memory"
+            entered = [_Entered(_left_out(contest, name, why)) for name in names]
+            if with_ours:
+                mine = _Entered(_left_out(contest, ours, why))
+        for row, _ in ([mine] if with_ours else []) + entered:
+            seconds = times.get(row["impl"], [])
+            if seconds:
+                stats = Stats.of(seconds)
                 row["seconds"] = vars(stats)
-                if name in ratios:
-                    row["against_ours"] = vars(Stats.of(ratios[name]))
-                if name == ours:
-                    row["a_a"] = vars(Stats.of(a_a))
+                if row["impl"] == ours:
+                    row["a_a"] = vars(Stats.of(_ratios(times[AGAIN], seconds)))
+                elif ours in times:
+                    row["against_ours"] = vars(Stats.of(_ratios(seconds, times[ours])))
                 row |= {"flops": contest.flops, "bytes": contest.moved}
                 row["roofline"] = contest.bound(self.ceilings) / stats.median
                 if contest.images is not None:
                     row["images_per_s"] = contest.images / stats.median
-            yield Result(row, times.get(name, []))
+            yield Result(row, seconds)
+        del calls, entered
+        _free(self.timer.device)
 
-    def _enter(
-        self, contest: Contest, name: str, rows: dict[str, Row], ours: bool = False
-    ) -> Call | None:
-        """Build and check; the call to time, or None, and in any case a row."""
+    def _enter(self, contest: Contest, name: str, ours: bool = False) -> "_Entered":
+        """Build and check one."""
         contender = contest.contenders[name]
         row: Row = {
             "kind": "time",
@@ -174,27 +194,29 @@ class Bench:
             "own": contender.own,
             "baseline": contender.baseline,
         }
-        rows[name] = row
         try:
-            try:
-                ready = contender.start()
-                row["parity"] = held(ready.check)
-                asked = contest.memory or self.timer.device.type == "cuda"
-                if row["parity"]["ok"] and ready.memory and asked:
-                    row["peak_bytes"] = peak_memory(self.timer.device, ready.call)
-            except (Absent, Unfit) as reason:
-                rows[name] = _left_out(contest, name, str(reason))
-                return None
+            ready = contender.start()
+            row["parity"] = held(ready.check)
+            asked = contest.memory or self.timer.device.type == "cuda"
+            if row["parity"]["ok"] and ready.memory and asked:
+                row["peak_bytes"] = peak_memory(self.timer.device, ready.call)
+        except (Absent, Unfit) as reason:
+            return _Entered(_left_out(contest, name, str(reason)))
         except torch.OutOfMemoryError:
-            rows[name] = _left_out(contest, name, "not enough memory")
             _free(self.timer.device)
-            return None
+            return _Entered(_left_out(contest, name, "not enough memory"))
         except Exception as problem:  # one contender must not end the run
-            row["parity"] = failure(problem)
-            return None
+            return _Entered({**row, "parity": failure(problem)})
         if ready.note:
             row["note"] = ready.note
-        return ready.call if row["parity"]["ok"] else None
+        return _Entered(row, ready.call if row["parity"]["ok"] else None)
+
+
+class _Entered(NamedTuple):
+    """A contender's row as far as it goes, and what is to be timed of it, if it is right."""
+
+    row: Row
+    call: Call | None = None
 
 
 def _ratios(a: list[float], b: list[float]) -> list[float]:

@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: the most valuable first, all of it written at once.
 
 Correctness comes first: the GPU tests, then every kernel against float64. Then the times of the
-models and the ops of the small grid, the tuner, and the full grid with what time remains. Each step
+models and the ops of the small grid, the tuner, and the grids with compilers and of everything with
+what time remains. Each step
 is a process of its own with a share of the time, so that one that hangs or crashes takes nothing
 with it. Nothing is installed, and nothing is asked of a network; what is missing is left out, and
 said so.
@@ -103,6 +104,8 @@ def steps(folder: Path, device: str) -> list[Step]:
         bench("models", "small", 25),
         bench("ops", "small", 15),
         Step("tune", 15, lambda s: [*tune_argv, "--minutes", f"{0.9 * s / 60:.3f}"]),
+        bench("models", "compiled", 15),
+        bench("ops", "compiled", 5),
         bench("models", "full", 10),
         bench("ops", "full", 5),
     ][1 if toy else 0 :]  # a rehearsal leaves no library behind

@@ -1,7 +1,8 @@
 """Which cases ``pytest benchmarks`` measures, the most telling first, and who takes part.
 
-"small" is minutes of work: on two CPU cores, or on a GPU. "full" is everything: the larger models,
-batches, images and further precisions. "toy" runs the machinery, for its tests.
+"small" is minutes of work: on two CPU cores, or on a GPU. "compiled" has torch.compile take part,
+which takes half a minute to minutes a case, and so in few of them. "full" is everything: the larger
+models, batches, images and further precisions. "toy" runs the machinery, for its tests.
 """
 
 from collections.abc import Iterator
@@ -18,13 +19,13 @@ from ._models import AUTOCAST, BFLOAT16, FLOAT32, Setting
 from .peers.networks import RIVALS
 from .peers.ops import OPS
 
-GRIDS = ("small", "full", "toy")
+GRIDS = ("small", "compiled", "full", "toy")
 
 TINY, SMALL, BASE, LARGE = (f"vit_{n}_patch16_224" for n in ("tiny", "small", "base", "large"))
 HUGE = "vit_huge_patch14_224"
 STEPS = ("forward", "train")
 
-# A CPU takes a minute to compile a model: in the small grid it does so here only.
+# In the small grid of a CPU a model is compiled here only.
 COMPILED = Setting(TINY, 4, "forward")
 
 
@@ -67,6 +68,10 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
         )
     if grid == "small":
         return small
+    if grid == "compiled":
+        if device.type == "cuda":
+            return [*small[:3], Setting(LARGE, 128, "train", AUTOCAST)]
+        return [COMPILED, Setting(TINY, 4, "train")]
     full = [
         Setting(name, batch, step, precision, side)
         for precision, batch, name, side, step in every
@@ -77,13 +82,18 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
 
 
 def model_contenders(grid: str, setting: Setting, device: torch.device) -> list[str]:
-    """Who is worth the time in this setting."""
-    names = [_models.OURS, *(n for n, rival in RIVALS.items() if rival.absent() is None)]
-    if device.type == "cuda":
-        return [*names, *(f"{name} graph" for name in _models.GRAPHS if name in names)]
-    if grid == "full" or setting == COMPILED:
-        return [name for name in names if "autotune" not in name]
-    return [name for name in names if name == _models.OURS or not RIVALS[name].compiled]
+    """Who is worth the time in this setting; who takes the longest to compile comes last."""
+    cuda = device.type == "cuda"
+    here = {name: rival for name, rival in RIVALS.items() if rival.absent() is None}
+    names = [_models.OURS, *(name for name, rival in here.items() if not rival.compiled)]
+    if cuda:
+        names += [f"{name} graph" for name in _models.GRAPHS if name in names]
+    if grid in ("compiled", "full") or (setting == COMPILED and not cuda):
+        compiled = [name for name, rival in here.items() if rival.compiled]
+        tuned = [name for name in compiled if "autotune" in name]
+        names += [name for name in compiled if name not in tuned]
+        names += tuned if cuda else []
+    return names
 
 
 def op_cases(grid: str, device: torch.device) -> Iterator[Case]:
@@ -92,12 +102,12 @@ def op_cases(grid: str, device: torch.device) -> Iterator[Case]:
         yield from _first(cases([REGISTRY["layer_norm"]], ["tiny"], (torch.float32,)), 1)
         return
     if device.type == "cuda":
-        few = (torch.bfloat16,) if grid == "small" else dtypes(device)
+        few = dtypes(device) if grid == "full" else (torch.bfloat16,)
         for dtype in few:
             yield from cases(REGISTRY.values(), ["vit"], (dtype,))
         return
     for op in REGISTRY.values():
-        most = 3 if grid == "small" else 100
+        most = 100 if grid == "full" else 3
         yield from _first(cases([op], ["tiny"], (torch.float32,)), most)
 
 
@@ -106,7 +116,7 @@ def _first(found: Iterator[Case], most: int) -> Iterator[Case]:
 
 
 def op_contenders(grid: str, case: Case, device: torch.device) -> list[str]:
-    """Who may be able to; our kernels and most peers need a GPU, and there compilers are for."""
+    """Who may be able to: our kernels and most peers need a GPU."""
     cuda = device.type == "cuda"
     op = case.forward.op
     names = list(op.implementations)
@@ -114,7 +124,7 @@ def op_contenders(grid: str, case: Case, device: torch.device) -> list[str]:
         names.remove("reference")
     else:
         names = [name for name in names if name not in KERNELS and not name.startswith("flash")]
-    if cuda or grid == "full":
+    names += [name for name, peer in OPS.get(op.name, {}).items() if peer.absent() is None]
+    if grid in ("compiled", "full"):
         names.append(f"compile({op.portable_name})")
-    here = (name for name, peer in OPS.get(op.name, {}).items() if peer.absent() is None)
-    return [*names, *here]
+    return names

@@ -74,18 +74,22 @@ class Session:
     def result(self, group: str, contest: Callable[[], Contest], name: str) -> Result:
         """That of one contender; the first call of a group measures all of its contenders."""
         if group not in self._done:
-            if self.clock() - self.begun > self.limit:
+            if self.late():
                 row = {"kind": "left out", "group": group, "impl": name, "why": "out of time"}
                 self.log.add(row)
                 return Result(row)
             self._last = {}
             networks.forget()  # what the last group has compiled
-            for found in self.bench.hold(contest(), self.groups.get(group, [name])):
+            for found in self.bench.hold(contest(), self.groups.get(group, [name]), self.late):
                 self.log.add(found.row)
                 self._last[found.row["impl"]] = found
             self._done.add(group)
             self.tell(self.progress(group))
         return self._last[name]
+
+    def late(self) -> bool:
+        """Whether time is up."""
+        return self.clock() - self.begun > self.limit
 
     def progress(self, group: str) -> str:
         """A bar, the time left, and what was found last."""

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,38 @@ def test_ours_takes_part_though_it_was_not_asked_for(held: Any) -> None:
     assert found[1].row["against_ours"]["median"] == 3.0
 
 
+def test_results_come_one_by_one_and_time_can_run_out_between_them() -> None:
+    clock = Clock()
+    seconds = {"ours": 1.0, "eager": 2.0, "peer": 3.0}
+    ready = {name: Ready(clock.takes(each), right) for name, each in seconds.items()}
+    contest = contest_of(**{name: Contender(partial(ready.get, name)) for name in seconds})
+    bench = Bench(Timer(CPU, clock), CEILINGS, seconds=10.0, together=1)
+    late: list[bool] = []
+    results = bench.hold(contest, seconds, lambda: bool(late))
+    assert next(results).row["impl"] == "ours"
+    assert clock.now < 60  # nobody else was timed yet
+    assert next(results).row["against_ours"]["median"] == 2.0
+    late.append(True)
+    (last,) = results
+    assert last.row == {
+        "kind": "left out",
+        "group": "a group",
+        "impl": "peer",
+        "why": "out of time",
+    }
+
+
+def test_without_a_reference_all_are_left_out() -> None:
+    clock = Clock()
+    contest = replace(
+        contest_of(peer=Contender(lambda: Ready(clock.takes(1.0), right))),
+        ours=raising(torch.OutOfMemoryError("too large")),
+    )
+    (found,) = Bench(Timer(CPU, clock), CEILINGS, 1.0).hold(contest, ["peer"])
+    assert found.row["kind"] == "left out"
+    assert found.row["why"] == "no reference: OutOfMemoryError: too large"
+
+
 def test_results_are_on_disk_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     log = Log(path)
@@ -416,6 +449,15 @@ def test_the_full_grid_begins_with_the_small_one_and_repeats_nothing(device: str
     small, full = (_grid.settings(grid, there) for grid in ("small", "full"))
     assert full[: len(small)] == small
     assert len({str(setting) for setting in full}) == len(full)
+    compiled = _grid.settings("compiled", there)
+    assert set(map(str, compiled)) <= set(map(str, full))
+    for setting in (small[0], compiled[0]):
+        who = _grid.model_contenders("compiled", setting, there)
+        assert who[0] == "vitkern"
+        assert "vitkern compile" in who
+        few = _grid.model_contenders("small", small[0], there)
+        assert set(few) < set(who)
+        assert not [name for name in few if "compile" in name]
     words = {setting.name.split("_")[1] for setting in full}
     assert words == {"tiny", "small", "base", "large", "huge"}
     assert {setting.step for setting in full} == {"forward", "train"}
