@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="STEP",
         help="of native tests selfcheck models ops tune models-compiled ops-compiled "
-        "models-full ops-full (default: all)",
+        "models-rest ops-rest (default: all)",
     )
     gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
 

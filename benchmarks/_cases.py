@@ -6,6 +6,7 @@ rivals are the backward passes of the forward op's implementations: each builds 
 what is timed is autograd's way back through it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -126,6 +127,16 @@ def cases(
                 for dtype in dtypes:
                     if sample.dtypes is None or dtype in sample.dtypes:
                         yield Case(op, size, sample, dtype)
+
+
+def dealt(found: Iterable[Case]) -> list[Case]:
+    """The first case of every op, then the second of every op, and so on."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for case in found:
+        numbered.append((seen[case.op.name], case))
+        seen[case.op.name] += 1
+    return [case for _, case in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def launches(case: Case, capability: tuple[int, int]) -> list[Launch]:

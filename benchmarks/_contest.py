@@ -5,6 +5,7 @@ twice: what it then seems to gain on itself (A/A) is what the ratios can't be tr
 is wrong, or raises, has no time and no ratio; where ours is wrong, nothing has a ratio.
 """
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from ._measure import Call, Ceilings, Stats, Timer
 Row = dict[str, Any]
 
 AGAIN = "ours again"
+AUTO = "auto"
 
 
 class Absent(Exception):
@@ -29,6 +31,14 @@ class Absent(Exception):
 
 class Unfit(Exception):
     """Why a rival can't do this case."""
+
+
+class OursFailed(Exception):
+    """What `impl="auto"` takes could not be asked, since calling it raised."""
+
+
+class DeviceLost(Exception):
+    """The GPU doesn't answer any more."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +139,19 @@ class Bench:
         names = list(names)
         try:
             ours = contest.ours()
+        except OursFailed as problem:  # which is a result: whoever asks for auto would see it
+            mine = _Entered({**_row(contest, AUTO), "ours": True, "own": True})
+            mine.row["parity"] = failure(problem)
+            rivals = names
         except Exception as problem:  # the reference, then, which all would be held against
             for name in names:
                 yield Result(_left_out(contest, name, f"no reference: {_in_words(problem)}"))
+            self._free()
             return
-        rivals = [name for name in names if name != ours]
-        mine = self._enter(contest, ours, ours=True)
+        else:
+            mine = self._enter(contest, ours)
+            mine.row["ours"] = True
+            rivals = [name for name in names if name != ours]
         if len(rivals) <= self.together:
             yield from self._round(contest, mine, rivals, with_ours=True)
             return
@@ -151,72 +168,119 @@ class Bench:
     ) -> Iterator[Result]:
         """The results of these, and perhaps of ours, timed in turns with it."""
         entered = [self._enter(contest, name) for name in names]
-        calls = {e.row["impl"]: e.call for e in entered if e.call is not None}
+        yield from self._time(contest, mine, entered, with_ours)
+        entered.clear()
+        self._free()
+
+    def _time(
+        self, contest: Contest, mine: "_Entered", entered: list["_Entered"], with_ours: bool
+    ) -> Iterator[Result]:
         ours = mine.row["impl"]
+        calls = {e.row["impl"]: e.call for e in entered if e.call is not None}
         if mine.call is not None and (calls or with_ours):
             calls = {ours: mine.call, AGAIN: mine.call, **calls}
         times: dict[str, list[float]] = {}
         try:
-            times = self.timer.in_turns(calls, self.seconds)
-        except torch.OutOfMemoryError:
-            why = "not enough memory beside ours" if names else "not enough memory"
-            entered = [_Entered(_left_out(contest, name, why)) for name in names]
-            if with_ours:
-                mine = _Entered(_left_out(contest, ours, why))
-        for row, _ in ([mine] if with_ours else []) + entered:
+            # What a launch of an op costs Python is the model's to show.
+            times = self.timer.in_turns(calls, self.seconds, ahead=contest.level == "op")
+        except Exception as problem:
+            self._free()
+            right = [e for e in entered if e.call is not None]
+            if with_ours and right:  # who is to blame shows when they are timed one by one
+                yield from self._time(contest, mine, [], with_ours=True)
+            if len(right) > 1 or (with_ours and right):
+                for each in entered:
+                    yield from self._time(contest, mine, [each], with_ours=False)
+                return
+            if right and mine.call is not None and isinstance(problem, torch.OutOfMemoryError):
+                # Not beside ours, but perhaps alone: a time, without a ratio.
+                yield from self._time(contest, _Entered(mine.row), entered, with_ours=False)
+                return
+            (right[0] if right else mine).fail(contest, problem)
+        for each in ([mine] if with_ours else []) + entered:
+            row = each.row
             seconds = times.get(row["impl"], [])
             if seconds:
                 stats = Stats.of(seconds)
                 row["seconds"] = vars(stats)
-                if row["impl"] == ours:
-                    row["a_a"] = vars(Stats.of(_ratios(times[AGAIN], seconds)))
-                elif ours in times:
-                    row["against_ours"] = vars(Stats.of(_ratios(seconds, times[ours])))
+                if ours in times:
+                    row["a_a"] = vars(Stats.of(_ratios(times[AGAIN], times[ours])))
+                    if row["impl"] != ours:
+                        row["against_ours"] = vars(Stats.of(_ratios(seconds, times[ours])))
                 row |= {"flops": contest.flops, "bytes": contest.moved}
                 row["roofline"] = contest.bound(self.ceilings) / stats.median
                 if contest.images is not None:
                     row["images_per_s"] = contest.images / stats.median
             yield Result(row, seconds)
-        del calls, entered
-        _free(self.timer.device)
 
-    def _enter(self, contest: Contest, name: str, ours: bool = False) -> "_Entered":
+    def _enter(self, contest: Contest, name: str) -> "_Entered":
         """Build and check one."""
         contender = contest.contenders[name]
-        row: Row = {
-            "kind": "time",
-            "level": contest.level,
-            "group": contest.group,
-            "case": contest.case,
-            "impl": name,
-            "package": contender.package,
-            "ours": ours,
-            "own": contender.own,
-            "baseline": contender.baseline,
-        }
+        row = _row(contest, name)
+        row |= {"package": contender.package, "own": contender.own, "baseline": contender.baseline}
+        entered = _Entered(row)
         try:
             ready = contender.start()
             row["parity"] = held(ready.check)
             asked = contest.memory or self.timer.device.type == "cuda"
             if row["parity"]["ok"] and ready.memory and asked:
                 row["peak_bytes"] = peak_memory(self.timer.device, ready.call)
-        except (Absent, Unfit) as reason:
-            return _Entered(_left_out(contest, name, str(reason)))
-        except torch.OutOfMemoryError:
-            _free(self.timer.device)
-            return _Entered(_left_out(contest, name, "not enough memory"))
         except Exception as problem:  # one contender must not end the run
-            return _Entered({**row, "parity": failure(problem)})
+            entered.fail(contest, problem)
+            self._free()
+            return entered
         if ready.note:
             row["note"] = ready.note
-        return _Entered(row, ready.call if row["parity"]["ok"] else None)
+        if row["parity"]["ok"]:
+            entered.call = ready.call
+        return entered
+
+    def _free(self) -> None:
+        """Give memory back to the GPU.
+
+        Raises:
+            DeviceLost: an error has left the GPU unusable; no result from here on would be one.
+        """
+        if self.timer.device.type != "cuda":
+            return
+        gc.collect()
+        try:
+            torch.cuda.synchronize(self.timer.device)
+            torch.cuda.empty_cache()
+        except Exception as problem:
+            raise DeviceLost(_in_words(problem)) from problem
 
 
-class _Entered(NamedTuple):
+@dataclass
+class _Entered:
     """A contender's row as far as it goes, and what is to be timed of it, if it is right."""
 
     row: Row
     call: Call | None = None
+
+    def fail(self, contest: Contest, problem: Exception) -> None:
+        """Write down why it has no time."""
+        self.call = None
+        if isinstance(problem, (Absent, Unfit)):
+            why = str(problem)
+        elif isinstance(problem, torch.OutOfMemoryError):
+            why = "not enough memory"
+        else:
+            self.row["parity"] = failure(problem)
+            return
+        self.row = _left_out(contest, self.row["impl"], why)
+
+
+def _row(contest: Contest, name: str) -> Row:
+    words = {"level": contest.level, "group": contest.group, "case": contest.case, "impl": name}
+    return {
+        "kind": "time",
+        **words,
+        "package": None,
+        "ours": False,
+        "own": False,
+        "baseline": False,
+    }
 
 
 def _ratios(a: list[float], b: list[float]) -> list[float]:
@@ -227,11 +291,6 @@ def _left_out(contest: Contest, name: str, why: str) -> Row:
     return {"kind": "left out", "group": contest.group, "impl": name, "why": why}
 
 
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 class Log:
     """A growing file of results: JSON, one object a line, on disk before `add` returns."""
 
@@ -240,7 +299,10 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: list[Row] = []
+        torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file = path.open("a")
+        if torn:  # by a process that was killed as it wrote
+            self._file.write("\n")
 
     def add(self, row: Row) -> None:
         """Append one result."""
@@ -248,6 +310,11 @@ class Log:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    @property
+    def timed(self) -> bool:
+        """Whether anything was."""
+        return any(row["kind"] == "time" for row in self.rows)
 
     def close(self) -> None:
         """Close the file."""

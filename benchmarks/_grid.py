@@ -2,10 +2,12 @@
 
 "small" is minutes of work: on two CPU cores, or on a GPU. "compiled" has torch.compile take part,
 which takes half a minute to minutes a case, and so in few of them. "full" is everything: the larger
-models, batches, images and further precisions. "toy" runs the machinery, for its tests.
+models, batches, images and further precisions; "rest" is what "small" left of that. "toy" runs the
+machinery, for its tests.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -14,12 +16,12 @@ from vitkern.kernels import REGISTRY
 from vitkern.kernels._op import KERNELS
 
 from . import _models
-from ._cases import Case, cases
+from ._cases import Case, cases, dealt
 from ._models import AUTOCAST, BFLOAT16, FLOAT32, Setting
 from .peers.networks import RIVALS
 from .peers.ops import OPS
 
-GRIDS = ("small", "compiled", "full", "toy")
+GRIDS = ("small", "compiled", "full", "rest", "toy")
 
 TINY, SMALL, BASE, LARGE = (f"vit_{n}_patch16_224" for n in ("tiny", "small", "base", "large"))
 HUGE = "vit_huge_patch14_224"
@@ -44,6 +46,10 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
         small = [
             Setting(BASE, batch, step, AUTOCAST)
             for batch, step in ((128, "train"), (128, "forward"), (1, "forward"))
+        ]
+        small += [
+            Setting(BASE, batch, step, AUTOCAST, graph=True)
+            for batch, step in ((1, "forward"), (128, "train"))
         ]
         small += [Setting(BASE, 128, step, BFLOAT16) for step in STEPS]
         small += [
@@ -78,7 +84,10 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
         # Patch 14 doesn't divide 384, and at 378 nothing new is learnt.
         if side is None or name != HUGE
     ]
-    return [*small, *(setting for setting in full if setting not in small)]
+    if device.type == "cuda":
+        full += [replace(setting, graph=True) for setting in full if setting.batch <= 8]
+    rest = [setting for setting in full if setting not in small]
+    return rest if grid == "rest" else [*small, *rest]
 
 
 def model_contenders(grid: str, setting: Setting, device: torch.device) -> list[str]:
@@ -86,10 +95,10 @@ def model_contenders(grid: str, setting: Setting, device: torch.device) -> list[
     cuda = device.type == "cuda"
     here = {name: rival for name, rival in RIVALS.items() if rival.absent() is None}
     names = [_models.OURS, *(name for name, rival in here.items() if not rival.compiled)]
-    if cuda:
-        names += [f"{name} graph" for name in _models.GRAPHS if name in names]
-    if grid in ("compiled", "full") or (setting == COMPILED and not cuda):
-        compiled = [name for name, rival in here.items() if rival.compiled]
+    compiled = [name for name, rival in here.items() if rival.compiled]
+    if setting.graph:
+        return [name for name in names if name in _models.GRAPHS]
+    if grid in ("compiled", "full", "rest") or (setting == COMPILED and not cuda):
         tuned = [name for name in compiled if "autotune" in name]
         names += [name for name in compiled if name not in tuned]
         names += tuned if cuda else []
@@ -101,14 +110,15 @@ def op_cases(grid: str, device: torch.device) -> Iterator[Case]:
     if grid == "toy":
         yield from _first(cases([REGISTRY["layer_norm"]], ["tiny"], (torch.float32,)), 1)
         return
-    if device.type == "cuda":
-        few = dtypes(device) if grid == "full" else (torch.bfloat16,)
-        for dtype in few:
-            yield from cases(REGISTRY.values(), ["vit"], (dtype,))
+    if device.type != "cuda":
+        most = 3 if grid in ("small", "compiled") else 100
+        for op in REGISTRY.values():
+            yield from _first(cases([op], ["tiny"], (torch.float32,)), most)
         return
-    for op in REGISTRY.values():
-        most = 100 if grid == "full" else 3
-        yield from _first(cases([op], ["tiny"], (torch.float32,)), most)
+    chosen = {"full": dtypes(device), "rest": dtypes(device)[1:]}.get(grid, (torch.bfloat16,))
+    for dtype in chosen:
+        found = dealt(cases(REGISTRY.values(), ["vit"], (dtype,)))
+        yield from found[: len(REGISTRY)] if grid == "compiled" else found
 
 
 def _first(found: Iterator[Case], most: int) -> Iterator[Case]:
@@ -125,6 +135,6 @@ def op_contenders(grid: str, case: Case, device: torch.device) -> list[str]:
     else:
         names = [name for name in names if name not in KERNELS and not name.startswith("flash")]
     names += [name for name, peer in OPS.get(op.name, {}).items() if peer.absent() is None]
-    if grid in ("compiled", "full"):
+    if grid in ("compiled", "full", "rest"):
         names.append(f"compile({op.portable_name})")
     return names

@@ -1,6 +1,7 @@
 """Timers, statistics, parity and the environment: what every measurement here has in common."""
 
 import datetime
+import os
 import platform
 import random
 import shutil
@@ -69,12 +70,17 @@ class Stats:
         return f"{self.median:{spec}} [{self.q1:{spec}}, {self.q3:{spec}}]"
 
 
+# Of a spinning GPU; a card that is slower than that only spins longer.
+CYCLES_PER_S = 2e9
+
+
 class Timer:
     """Seconds per call on one device.
 
     CUDA: events around each call, and before it, outside of them, a write to a buffer of twice the
-    L2 cache (256 MiB at least), so that inputs come from memory and the queue stays ahead of the
-    card. CPU: the wall clock, caches as they are.
+    L2 cache (256 MiB at least), so that inputs come from memory. Where the queue is to be ahead of
+    the card, the card also spins as long as the host takes to launch the call: of an op the kernels
+    are timed, of a model at batch 1 the launches, too. CPU: the wall clock, caches as they are.
     """
 
     def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
@@ -86,47 +92,72 @@ class Timer:
             l2 = torch.cuda.get_device_properties(device).L2_cache_size
             size = max(2 * l2, 256 << 20)
             self._flush = torch.empty(size, dtype=torch.uint8, device=device)
-            self.policy = f"CUDA events; L2 ({l2 >> 20} MiB) flushed by a write of {size >> 20} MiB"
+            self.policy = (
+                f"CUDA events; L2 ({l2 >> 20} MiB) flushed by a write of {size >> 20} MiB; "
+                "ops with the queue ahead of the card, models as they are launched"
+            )
 
-    def _record(self, call: Call) -> Callable[[], float]:
-        """Make one call; what comes back tells its time, once the device is through with it."""
+    def _record(self, call: Call, lead: float = 0.0) -> Callable[[], float]:
+        """Make one call; what comes back tells its time, once the device is through with it.
+
+        lead: seconds by which the card is to begin later than the host.
+        """
         if self._flush is None:
             start = self.clock()
             call()
             seconds = self.clock() - start
             return lambda: seconds
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if lead:
+            torch.cuda._sleep(int(lead * CYCLES_PER_S))
         self._flush.zero_()
         first.record()
         call()
         last.record()
         return lambda: first.elapsed_time(last) / 1e3
 
+    def _host_seconds(self, call: Call) -> float:
+        """How long the host takes over a call that is warm; 0 on a CPU, where that is all."""
+        if self._flush is None:
+            return 0.0
+        torch.cuda.synchronize(self.device)
+        start = self.clock()
+        call()
+        return self.clock() - start
+
     def _read(self, records: Iterable[Callable[[], float]]) -> list[float]:
         if self._flush is not None:
             torch.cuda.synchronize(self.device)
         return [record() for record in records]
 
-    def samples(self, call: Call, n: int) -> list[float]:
+    def samples(self, call: Call, n: int, lead: float = 0.0) -> list[float]:
         """`n` timings of one call each, without a warm-up."""
-        return self._read([self._record(call) for _ in range(n)])
+        return self._read([self._record(call, lead) for _ in range(n)])
 
     def __call__(self, call: Call, seconds: float = 0.2, least: int = 5, most: int = 200) -> Stats:
-        """Warm up, then time `call` for about `seconds`."""
+        """Warm up, then time `call` for about `seconds`, the queue ahead of the card."""
         self.samples(call, 2)
-        estimate = statistics.median(self.samples(call, 3))
-        return Stats.of(self.samples(call, repeats(estimate, seconds, least, most)))
+        lead = self._host_seconds(call)
+        estimate = statistics.median(self.samples(call, 3, lead))
+        return Stats.of(self.samples(call, repeats(estimate, seconds, least, most), lead))
 
     def in_turns(
-        self, calls: Mapping[str, Call], seconds: float, least: int = 5, most: int = 200
+        self,
+        calls: Mapping[str, Call],
+        seconds: float,
+        least: int = 5,
+        most: int = 200,
+        ahead: bool = False,
     ) -> dict[str, list[float]]:
         """Timings of several calls by name, the nth of each from the same round.
 
         A round makes every call once, in an order of its own, so that drift, and the caches and
         clocks that one call leaves to the next, hit all alike; `seconds` are for each call.
+        ahead: keep the queue ahead of the card.
         """
         for call in calls.values():
             self.samples(call, 2)
+        leads = {name: self._host_seconds(call) if ahead else 0.0 for name, call in calls.items()}
         estimate = sum(self.samples(call, 1)[0] for call in calls.values())
         rounds = repeats(estimate, seconds * len(calls), least, most)
         shuffle = random.Random(0).shuffle
@@ -135,7 +166,7 @@ class Timer:
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                records[name].append(self._record(calls[name]))
+                records[name].append(self._record(calls[name], leads[name]))
         return {name: self._read(made) for name, made in records.items()}
 
 
@@ -195,11 +226,13 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Card, driver, clocks (read only), versions, commit and date."""
-    root = Path(__file__).parent.parent
+    here = ("-C", str(Path(__file__).parent.parent))
+    changed = _output("git", *here, "status", "--porcelain")
     about: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(root), "rev-parse", "HEAD"),
-        "uncommitted": bool(_output("git", "-C", str(root), "status", "--porcelain")),
+        # A machine that gets files without git's folder is told: VITKERN_COMMIT.
+        "commit": os.environ.get("VITKERN_COMMIT") or _output("git", *here, "rev-parse", "HEAD"),
+        "uncommitted": None if changed is None else bool(changed),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": device_name(torch.device("cpu")),
@@ -217,9 +250,16 @@ def environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
         }
-        fields = (
-            "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-        )
+        fields = "name,driver_version,power.limit"
         about["nvidia_smi"] = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv")
-        about["nvidia_smi_clocks"] = _output("nvidia-smi", "-q", "-d", "CLOCK,PERFORMANCE")
     return about
+
+
+def clocks(device: torch.device) -> dict[str, Any]:
+    """What the card runs at now, a row of results: of use right after work, as idle cards sleep."""
+    if device.type != "cuda":
+        return {"kind": "clocks", "nvidia_smi": None}
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
+    found = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv")
+    more = _output("nvidia-smi", "-q", "-d", "PERFORMANCE")
+    return {"kind": "clocks", "nvidia_smi": found, "performance": more}

@@ -15,9 +15,12 @@ from tests.error_budget import as_tuple, in_float64
 from vitkern.kernels._op import KERNELS, record_choices
 
 from ._cases import Case, implementations, public, results, timed, unfit
-from ._contest import Contender, Contest, Ready, Unfit
+from ._contest import Contender, Contest, OursFailed, Ready, Unfit
 from ._measure import parity, versions
 from .peers import ops as peers
+
+# Whose the attentions of these names are; which of them "flash" is depends on the card.
+FLASH = {"flash2": "flash-attn", "flash3": "flash-attn-3", "flash4": "flash-attn-4"}
 
 # With these an op returns more than its public function does, for a backward pass to read.
 SAVING = ("need_saved", "need_stats")
@@ -35,11 +38,15 @@ def contest(case: Case, device: torch.device, backend: str | None = None) -> Con
         return arguments, eager, results(case, known["reference"], in_float64(arguments))
 
     def ours() -> str:
-        with record_choices() as choices, torch.set_grad_enabled(case.is_backward):
-            public(case.forward.op, "auto")(**shared()[0])
+        arguments = shared()[0]
+        try:
+            with record_choices() as choices, torch.set_grad_enabled(case.is_backward):
+                public(case.forward.op, "auto")(**arguments)
+        except Exception as problem:
+            raise OursFailed(f"{type(problem).__name__}: {problem}") from problem
         return choices[0].implementation
 
-    def enter(name: str, build: Callable[[], Callable[..., Any]]) -> Ready:
+    def enter(name: str, build: Callable[[], Callable[..., Any]], note: str = "") -> Ready:
         arguments, eager, exact = shared()
         function = build()
 
@@ -53,7 +60,7 @@ def contest(case: Case, device: torch.device, backend: str | None = None) -> Con
                 verdict = by_itself(case, name, device)
             return verdict
 
-        return Ready(timed(case, function, arguments), check)
+        return Ready(timed(case, function, arguments), check, note)
 
     def own(name: str) -> Callable[..., Any]:
         reason = unfit(case, name, shared()[0])
@@ -74,7 +81,9 @@ def contest(case: Case, device: torch.device, backend: str | None = None) -> Con
     torch_version = f"torch {torch.__version__}"
     contenders: dict[str, Contender] = {}
     for name in known:
-        package = None if name in KERNELS or name.startswith("flash") else torch_version
+        package = None if name in KERNELS or name == "flash" else torch_version
+        if name in FLASH:
+            package = f"{FLASH[name]} {versions([FLASH[name]])[FLASH[name]]}"
         contenders[name] = Contender(
             partial(enter, name, partial(own, name)), package, name in KERNELS, name == portable
         )
@@ -82,7 +91,7 @@ def contest(case: Case, device: torch.device, backend: str | None = None) -> Con
         name = f"compile({portable})"
         contenders[name] = Contender(partial(enter, name, compiled), torch_version)
     for name, peer in peers.OPS.get(case.forward.op.name, {}).items():
-        start = partial(enter, name, partial(foreign, peer))
+        start = partial(enter, name, partial(foreign, peer), peer.note)
         version = versions([peer.distribution])[peer.distribution]
         contenders[name] = Contender(start, version and f"{peer.distribution} {version}")
     costs = case.meta()

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from ._contest import Bench, Contest, Log, Result, Row
+from ._contest import Bench, Contest, DeviceLost, Log, Result, Row
 from ._grid import dtypes
-from ._measure import Ceilings, Clock, Timer, environment
+from ._measure import Ceilings, Clock, Timer, clocks, environment
 from .peers import networks, ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,6 +68,7 @@ class Session:
         if self._bench is None:
             ceilings = Ceilings.measure(DEVICE, dtypes(DEVICE))
             self.log.add({"kind": "ceilings", **vars(ceilings)})
+            self.log.add(clocks(DEVICE))
             self._bench = Bench(self.timer, ceilings, self.seconds)
         return self._bench
 
@@ -79,13 +80,17 @@ class Session:
                 self.log.add(row)
                 return Result(row)
             self._last = {}
+            self._done.add(group)  # whatever comes of it: it isn't measured again
             networks.forget()  # what the last group has compiled
-            for found in self.bench.hold(contest(), self.groups.get(group, [name]), self.late):
-                self.log.add(found.row)
-                self._last[found.row["impl"]] = found
-            self._done.add(group)
+            try:
+                for found in self.bench.hold(contest(), self.groups.get(group, [name]), self.late):
+                    self.log.add(found.row)
+                    self._last[found.row["impl"]] = found
+            except DeviceLost as problem:
+                pytest.exit(f"the GPU doesn't answer any more: {problem}", returncode=1)
             self.tell(self.progress(group))
-        return self._last[name]
+        missing = {"kind": "left out", "group": group, "impl": name, "why": "its group broke off"}
+        return self._last.get(name, Result(missing))
 
     def late(self) -> bool:
         """Whether time is up."""

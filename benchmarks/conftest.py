@@ -8,6 +8,7 @@ import pytest
 
 from . import _proxies, _report
 from ._grid import GRIDS
+from ._measure import clocks
 from ._session import DEVICE, Session
 
 SESSION = pytest.StashKey[Session]()
@@ -38,6 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of timing for each contender (default: %(default)s)",
     )
     add("--no-report", action="store_true", help="write the results only")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A kernel that auto gives up with a warning must not be an error here, as in the tests it is.
+    config.addinivalue_line("filterwarnings", "default:::vitkern")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -100,10 +106,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     run = config.stash.get(SESSION, None)
     if run is None:
         return
-    measured = any(row["kind"] == "time" for row in run.log.rows)
-    if measured and not config.getoption("no_report"):
-        for row in _proxies.proxies():  # what can be told without a GPU, beside what was measured
-            run.log.add(row)
+    run.log.add(clocks(DEVICE))
+    if run.log.timed and not config.getoption("no_report"):
         terminalreporter.section("vitkern")
+        _proxies.add(run.log)  # what can be told without a GPU, beside what was measured
         _report.main_report([run.log.path], run.log.path.parent)
     run.log.close()

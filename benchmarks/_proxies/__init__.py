@@ -54,6 +54,7 @@ import vitkern
 from vitkern.block import Block
 
 from .._cases import columns, save
+from .._contest import Log
 from .._models import AUTOCAST, TOY, Precision
 from .count import Cost, ours, plain
 from .fusion import compiled
@@ -141,6 +142,18 @@ def proxies(
             row = {"kind": "proxy", **case, "impl": impl, "step": step, **vars(cost)}
             made.append({**row, "width_units": cost.bytes / (tokens * config.embed_dim)})
     return made
+
+
+def add(log: Log) -> None:
+    """Append the proxies of B/16 to a run's results, or why there are none: they use PyTorch's
+    internals, and must not take the report with them."""
+    try:
+        rows = proxies()
+    except Exception as problem:
+        why = f"{type(problem).__name__}: {problem}"
+        rows = [{"kind": "left out", "group": "proxies", "impl": "all", "why": why}]
+    for row in rows:
+        log.add(row)
 
 
 HEAD = (

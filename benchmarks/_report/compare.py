@@ -15,7 +15,7 @@ from .._measure import Stats
 from .results import A_A_BOUND, Results, Row, duration, geometric_mean, read, stats
 
 # That a run may have otherwise than the one before, without a word; clocks stand in nvidia_smi.
-VARYING = ("date", "commit", "uncommitted", "card", "packages", "nvidia_smi", "nvidia_smi_clocks")
+VARYING = ("date", "commit", "uncommitted", "card", "packages", "nvidia_smi")
 COLORS = {"broken": "red", "slower": "red", "faster": "green", "mended": "green"}
 
 
@@ -64,13 +64,16 @@ def compare(before: Path, after: Path) -> Comparison:
     """
     results = [read(before), read(after)]
     rows = [{(r["group"], r["impl"]): r for r in each.of("time")} for each in results]
-    changes = []
+    changes, groups = [], {r["group"] for r in results[1].rows if "group" in r}
     for key in {**rows[0], **rows[1]}:
         old, new = rows[0].get(key), rows[1].get(key)
         either: Row = new or old or {}
         was, now = (stats(r["seconds"]) if r and "seconds" in r else None for r in (old, new))
         mine = bool(either.get("own") or either.get("ours"))
-        changes.append(Change(*key, mine, was, now, _verdict(old, new, was, now)))
+        verdict = _verdict(old, new, was, now)
+        if verdict == "only before" and mine and key[0] in groups:
+            verdict = "broken"  # its group was measured, and it isn't there any more
+        changes.append(Change(*key, mine, was, now, verdict))
     return Comparison(tuple(changes), tuple(_differences(*results)))
 
 

@@ -80,9 +80,12 @@ class Results:
         """By group, the row that the group's ratios are against."""
         return {row["group"]: row for row in self.of("time") if row.get("ours")}
 
-    def spread(self, group: str) -> float:
-        """How far the median and quartiles of ours against itself are from 1; 0 if not measured."""
-        a_a = self.ours.get(group, {}).get("a_a")
+    def spread(self, row: Row) -> float:
+        """How far the median and quartiles of ours against itself are from 1; 0 if not measured.
+
+        In the rounds of this row, if it has them, as where rivals come one by one.
+        """
+        a_a = row.get("a_a") or self.ours.get(row["group"], {}).get("a_a")
         return max(abs(a_a[key] - 1) for key in ("median", "q1", "q3")) if a_a else 0.0
 
     def noisy(self, group: str) -> bool:
@@ -103,7 +106,7 @@ class Results:
             return "ours"
         if "against_ours" not in row:
             return "void"
-        faster, noise = ratio(row), 1 + self.spread(row["group"])
+        faster, noise = ratio(row), 1 + self.spread(row)
         if row.get("own"):
             return "missed" if row["level"] == "op" and faster < 1 / noise else "own"
         return "even" if 1 / noise <= faster <= noise else "win" if faster > 1 else "loss"
@@ -158,8 +161,19 @@ def read(*paths: Path) -> Results:
     devices = {_device(row) for run in runs for row in run if row["kind"] == "about"}
     if len(devices) > 1:
         raise ValueError(f"expected files of one device, got: {', '.join(sorted(devices))}")
-    # Ratios mean something within one run only, so a group is taken whole.
-    last = {row["group"]: n for n, run in enumerate(runs) for row in run if row["kind"] == "time"}
+    # Ratios mean something within one run only, so a group is taken whole: from the run that timed
+    # most of it, as one that was cut off must not take its losses away, and of such the last.
+    timed_rows = Counter(
+        (row["group"], n)
+        for n, run in enumerate(runs)
+        for row in run
+        if row["kind"] == "time" and "seconds" in row
+    )
+    last: dict[Any, int] = {}
+    for n, run in enumerate(runs):
+        for group in dict.fromkeys(row["group"] for row in run if row["kind"] == "time"):
+            if timed_rows[group, n] >= timed_rows[group, last.get(group, n)]:
+                last[group] = n
     kept: dict[tuple[Any, ...], Row] = {}
     for n, run in enumerate(runs):
         for row in run:
@@ -224,13 +238,14 @@ def _parse(path: Path) -> list[Row]:
 
 def _parse_lines(path: Path, lines: Sequence[str]) -> list[Any]:
     rows: list[Any] = []
-    full = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    for number, line in full:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if rows and number == full[-1][0]:  # the run ended in the middle of a row
-                break
+            if rows:  # a process was killed in the middle of it
+                continue
             raise ValueError(f"{path}, line {number}: not JSON; {EXPECTED}") from error
     return rows
 

@@ -492,7 +492,8 @@ def _compiled(
 def build_ours(ours: vitkern.ViT, precision: Precision, device: torch.device) -> Network:
     """A copy of the model itself."""
     model = copy.deepcopy(ours).to(device, precision.weights)
-    return Network(model, model)
+    short = model._class_token_problem() is None
+    return Network(model, model, "in the last block the class token only" if short else "")
 
 
 def _cpu_float32(who: str, precision: Precision, device: torch.device) -> None:
