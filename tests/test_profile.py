@@ -3,8 +3,10 @@
 The made-up traces are in the format of Kineto, PyTorch's tracer, as it writes them on a GPU.
 """
 
+import gzip
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.optim import optimizer as optimizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkern
@@ -22,7 +26,7 @@ from vitkern import __main__ as cli
 from vitkern.kernels import REGISTRY, _op
 from vitkern.kernels._op import Op, Sample
 from vitkern.kernels.layer_norm import LAYER_NORM
-from vitkern.profile import counting, report, session
+from vitkern.profile import ceilings, command, counting, report, session
 from vitkern.profile.analysis import analyse, short_kernel
 from vitkern.profile.figures import Analysis, Ceilings
 from vitkern.profile.trace import Span, load, parse, phases, windows
@@ -692,3 +696,304 @@ def test_an_unknown_operator_has_no_cost() -> None:
     lists = {"Input Dims": [[[2, 3], [2, 3]], []], "Input type": ["TensorList", "Scalar"]}
     lists["Concrete Inputs"] = ["", "0"]
     assert counting.cost(Span("aten::cat", "cpu_op", 0, 1, (0, 0), lists)) is None
+
+
+# What ran, and where
+
+
+def test_a_cpu_run_on_a_machine_with_a_gpu_is_one_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kineto names the machine's cards in any trace."""
+    asked: list[torch.device] = []
+
+    def measure(device: torch.device, _: Any) -> Ceilings:
+        asked.append(device)
+        return CEILINGS
+
+    monkeypatch.setattr(ceilings, "measure", measure)
+    monkeypatch.setattr(report, "_pictures", lambda _: "")
+    made = Maker()
+    made.host("aten::mm", 10, 20, **MM)
+    made.events.append({**made.events[0], "name": "cudaGetDeviceCount", "cat": "cuda_runtime"})
+    made.memory(11, 1000)
+    a = report.write(made.contents(device="AMD EPYC, 2 threads"), tmp_path, measure=True)
+    assert (a.device, a.on_gpu) == ("AMD EPYC, 2 threads", False)
+    assert "datasheet" not in a.utilisation
+    assert titles(a)["This was a CPU"]
+    made.kernel("gemm", 12, 30, 130, device=1)
+    a = report.write(made.contents(), tmp_path, measure=True)
+    assert a.on_gpu
+    assert asked == [torch.device("cpu"), torch.device("cuda", 1)]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_launches_without_kernels_are_no_cpu_run(tmp_path: Path) -> None:
+    made = training()
+    made.events = [e for e in made.events if e["cat"] != "kernel"]
+    a = report.write(made.contents(), tmp_path, measure=True)
+    assert list(titles(a)) == ["No kernels in the trace"]
+    assert "12 launches were recorded" in a.verdicts[0].evidence
+    assert all(row.roofline is None for row in a.rows)
+
+
+@pytest.mark.parametrize(("kind", "rated"), [("c10::Half", True), ("double", False)])
+def test_the_roofline_of_dtypes_that_are_not_measured(kind: str, rated: bool) -> None:
+    """float16 is as fast as bfloat16; of float64 nothing is known, also not that memory bounds."""
+    made = training()
+    for event in made.events:
+        if event["name"] == "aten::mm":
+            event["args"] = {**event["args"], "Input type": [kind, kind]}
+    a = analysed(made)
+    product = next(row for row in a.rows if row.op == "aten::mm")
+    assert (product.bound, product.roofline is not None) == ("compute" if rated else "", rated)
+    assert ("measured" in a.utilisation) == rated
+    if rated:
+        assert product.roofline == pytest.approx(product.flops / 8e14 / 400e-6)
+
+
+def test_measuring_leaves_random_numbers_alone_and_autocast_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[torch.dtype] = set()
+
+    class See(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func is torch.ops.aten.mm.default:
+                seen.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(ceilings, "SECONDS", 1e-3)
+    before = torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16), See():
+        ceilings.measure(torch.device("cpu"), [torch.float32], n=16, size=1024)
+    assert seen == {torch.float32}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# What must not stop a training run
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_hooks_stay_as_they_are_while_pytorch_calls_them(tmp_path: Path) -> None:
+    """It raises "OrderedDict mutated during iteration" otherwise."""
+    handles = [optimizers.register_optimizer_step_post_hook(lambda *_: None)]
+    try:
+        with vitkern.profile(tmp_path, warmup=1, steps=1, ceilings=False, show=False) as p:
+            handles.append(optimizers.register_optimizer_step_post_hook(lambda *_: None))
+            train(p, 5, mark=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert (p.analysis.steps, p.error) == (1, None)
+    assert p.analysis.untraced_seconds is not None
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_report_that_fails_is_a_warning_and_can_be_had_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> list[Any]:
+        raise LookupError("no such rule")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "judge", fail)
+        with (
+            pytest.warns(RuntimeWarning, match=r"no such rule.* --trace .*trace\.json"),
+            vitkern.profile(tmp_path, warmup=0, steps=1, ceilings=False, show=False) as p,
+        ):
+            train(p, 3)
+    assert isinstance(p.error, LookupError)
+    assert p.analysis is None
+    path = tmp_path / "trace.json"
+    assert cli.main(["profile", "--trace", str(path), "--out", str(tmp_path / "again")]) == 0
+    figures = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert figures["images_from"] == "step(images=...)"
+    assert figures["untraced_seconds"] is not None
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
+    with (
+        pytest.warns(RuntimeWarning, match="no report: OSError.*the disk is full"),
+        vitkern.profile(tmp_path, warmup=0, steps=1, show=False) as p,
+    ):
+        train(p, 3)  # its steps after the first one find it
+    assert not torch.autograd.profiler._is_profiler_enabled
+    assert isinstance(p.error, OSError)
+    assert _op._recorded is None
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_command_raises_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vitkern.PRESETS, "toy", MODEL)
+    monkeypatch.setattr(report, "judge", lambda _: 1 / 0)
+    arguments = ["profile", "toy", "--batch", "1", "--steps", "1", "--warmup", "0"]
+    with (
+        pytest.warns(RuntimeWarning, match="the trace is kept"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_an_error_at_the_end_of_nvtx_hides_none_of_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def emit(**_: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("closing")
+
+    monkeypatch.setattr(session, "emit_nvtx", emit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda _: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: None)
+    with pytest.raises(KeyError, match="mine"), vitkern.profile(tmp_path, nvtx=True):
+        raise KeyError("mine")
+    with pytest.raises(RuntimeError, match="closing"), vitkern.profile(tmp_path, nvtx=True):
+        pass
+
+
+# Several processes, several GPUs
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_has_a_folder_and_the_first_one_speaks(
+    rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", rank=rank, world_size=2, store=fake.FakeStore())
+    try:
+        with vitkern.profile(tmp_path, ceilings=False) as p:
+            torch.ones(2).add(1)
+    finally:
+        dist.destroy_process_group()
+    assert [path.name for path in tmp_path.iterdir()] == [f"rank{rank}"]
+    assert (tmp_path / f"rank{rank}" / "report.html").exists()
+    assert p.analysis is not None
+    assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_recording_begins_when_the_gpus_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[tuple[int, bool]] = []
+    gpus = iter([[0, 1]])
+    monkeypatch.setattr(session, "_gpus", lambda: next(gpus, []))
+    monkeypatch.setattr(
+        torch.cuda,
+        "synchronize",
+        lambda gpu: waited.append((gpu, torch.autograd.profiler._is_profiler_enabled)),
+    )
+    with vitkern.profile(tmp_path, ceilings=False, show=False):
+        torch.ones(2).add(1)
+    assert waited == [(0, False), (1, False)]
+
+
+def test_only_gpus_with_tensors_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda i: 512 * (i == 2))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert session._gpus() == []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert session._gpus() == [2]
+
+
+def test_the_clock_times_some_steps_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows, an evaluation say, is no step."""
+    times = iter([10.0, 11.0, 13.0, 99.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    clock = session._Clock(2)
+    clock.tick()  # not begun
+    assert clock.seconds is None
+    clock.start()
+    for _ in range(3):
+        clock.tick()
+    assert clock.seconds == 1.5
+
+
+# The command's own loop, and files from elsewhere
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_command_prepares_before_it_records_and_collates_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What compiles or checks itself does so in the first steps."""
+    calls: list[str] = []
+    autocast = command._autocast
+
+    class Noted(session.profile):
+        def __enter__(self) -> session.profile:
+            calls.append("profile")
+            return super().__enter__()
+
+    def step(options: Any) -> Any:
+        calls.append("step")
+        return autocast(options)
+
+    def collate(*_: Any, **__: Any) -> None:
+        raise AssertionError("a batch was collated")
+
+    monkeypatch.setitem(vitkern.PRESETS, "toy", MODEL)
+    monkeypatch.setattr(command, "profile", Noted)
+    monkeypatch.setattr(command, "_autocast", step)
+    monkeypatch.setattr(torch.utils.data._utils.collate, "default_collate", collate)
+    arguments = ["profile", "toy", "--batch", "2", "--steps", "1", "--warmup", "1"]
+    assert cli.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    recorded = ["profile"] + ["step"] * (2 + command.UNTRACED)
+    assert calls == ["step"] * command.PREPARE + recorded
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert (figures["steps"], figures["warmup_steps"], figures["images"]) == (1, 1, 2)
+
+
+PACKED = gzip.compress(json.dumps({"traceEvents": [{"name": str(i)} for i in range(999)]}).encode())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [PACKED[:-20], PACKED[:40] + b"\xff" * 40, b"no gzip", gzip.compress(b"[1"), b""],
+    ids=["cut off", "broken", "not packed", "no JSON", "empty"],
+)
+def test_a_packed_file_that_is_broken_is_named(
+    data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json.gz"
+    path.write_bytes(data)
+    assert cli.main(["profile", "--trace", str(path), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: profile: ")
+    assert str(path) in said
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_events_that_say_too_little_are_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = training().contents(warmup=1)
+    good = contents["traceEvents"][5]
+    broken: list[Any] = [3, None, "text", {}, {"ph": "X", "cat": ["cpu_op"]}, {"name": "[memory]"}]
+    broken += [{k: v for k, v in good.items() if k != key} for key in ("name", "ts")]
+    broken += [{**good, "ts": "soon"}, {**good, "args": 3}, {**good, "dur": None}]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**contents, "traceEvents": [*broken, *contents["traceEvents"]]}))
+    assert cli.main(["profile", "--trace", str(path), "--out", str(tmp_path / "out")]) == 0
+    figures = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert figures["seconds"] == pytest.approx(1e-3)
+    path.write_text(json.dumps(broken))
+    capsys.readouterr()
+    assert cli.main(["profile", "--trace", str(path), "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "holds no ops and no kernels" in said
+    assert str(path) in said

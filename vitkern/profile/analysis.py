@@ -405,6 +405,7 @@ def _make_row(name: str, item: _Sum, n: int, total: float, on_gpu: bool, ceiling
         bounds[bound] += least_time
         dtypes[dtype] += least_time
     rated = possible > 0 and seconds > 0 and len(known) == len(costs)
+    rated = rated and all(bound for _, bound, _ in least)
     ours = name.partition(" ")[0] in REGISTRY
     kind = ""
     if on_gpu and ours:  # "NAME (cublas)" has ATen's product on purpose
@@ -517,7 +518,7 @@ def _utilisation(
 ) -> dict[str, float]:
     """Model FLOPs utilisation, against the peaks that are known."""
     peaks = {
-        "measured": ceilings.flops_per_s.get(dtype),
+        "measured": ceilings.rate(dtype),
         "datasheet": datasheet(trace.properties.get("name", ""), _rate_name(trace, dtype)),
     }
     if not model_flops or not seconds:

@@ -1,6 +1,7 @@
 """What a device does at best, measured in a second or two: a large product and a large copy."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 
@@ -18,6 +19,8 @@ def measure(
     Args:
         n: side of the product; by default 4,096 on a GPU and 1,024 on a CPU.
         size: bytes of the copy; by default 256 MiB and 64 MiB.
+
+    The caller's autocast has no part in it, nor do its random numbers change.
     """
     from torch.utils.benchmark import Timer  # which looks for a CUDA toolkit, and logs that
 
@@ -30,9 +33,12 @@ def measure(
         return min(timer.blocked_autorange(min_run_time=SECONDS).times)
 
     rates = {}
-    with torch.no_grad():
+    # Timer waits for the current GPU.
+    here = torch.cuda.device(device) if cuda else nullcontext()
+    with here, torch.no_grad(), torch.autocast(device.type, enabled=False):
+        own = torch.Generator(device).manual_seed(0)
         for dtype in dtypes:
-            a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+            a, b = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
             rates[dtype_name(dtype)] = 2 * n**3 / seconds("a @ b", a=a, b=b)
         source = torch.zeros(size, dtype=torch.uint8, device=device)
         copy = seconds("b.copy_(a)", a=source, b=torch.empty_like(source))

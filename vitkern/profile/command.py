@@ -1,7 +1,6 @@
 """``python -m vitkern profile``: steps of a model on random images, or a trace from elsewhere."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -10,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import vitkern
 from vitkern.profile import report
@@ -20,6 +19,8 @@ from vitkern.profile.session import profile
 from vitkern.profile.trace import load
 
 PRECISIONS = ("float32", "autocast", "bf16")
+# Steps before the profiler begins: what compiles, tunes or checks itself does so in these.
+PREPARE = 2
 # Steps that run after those recorded, and tell what recording costs.
 UNTRACED = 3
 
@@ -51,20 +52,6 @@ def options(parser: argparse.ArgumentParser, device: Any, positive: Any) -> None
     add("--nvtx", action="store_true", help="NVTX ranges in place of a report, for nsys profile")
 
 
-class RandomImages(Dataset[tuple[Tensor, int]]):
-    """The same random image [3, S, S] and label over and over: data that costs next to nothing."""
-
-    def __init__(self, side: int, channels: int, length: int) -> None:
-        self.image = torch.randn(channels, side, side, generator=torch.Generator().manual_seed(0))
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.image, 0
-
-
 def run(options: argparse.Namespace) -> int:
     """Profile, and print the report; the exit code is 2 where an argument can't be."""
     try:
@@ -78,8 +65,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _trace(options: argparse.Namespace) -> int:
     contents = load(options.trace)
-    analysis = report.write(contents, options.out)
-    (options.out / "trace.json").write_text(json.dumps(contents))
+    try:
+        analysis = report.write(contents, options.out)
+    except ValueError as error:
+        raise ValueError(f"{error} ({options.trace})") from error
+    report.save(contents, options.out / "trace.json")
     report.show(analysis, options.out)
     return 0
 
@@ -97,26 +87,35 @@ def _model(options: argparse.Namespace) -> int:
     config: Any = model.config
     weights = torch.bfloat16 if options.precision == "bf16" else torch.float32
     model = model.to(device, weights).train(not options.forward)
-    images = options.batch * (options.warmup + options.steps + UNTRACED)
-    loader = DataLoader(
-        RandomImages(config.img_size[0], config.in_chans, images),
-        options.batch,
-        num_workers=options.workers,
-        pin_memory=device.type == "cuda",
-    )
+    loader = _loader(options, (options.batch, config.in_chans, *config.img_size))
     call = torch.compile(model) if options.compile else model
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
+        steps = (_forward if options.forward else _train)(options, model, call, loader, weights)
+        for _ in range(PREPARE):
+            next(steps)
         p = stack.enter_context(
             profile(options.out, warmup=options.warmup, steps=options.steps, nvtx=options.nvtx)
         )
-        steps = _forward if options.forward else _train
-        for count in steps(options, model, call, loader, weights):
+        for count in steps:
             p.step(images=count)
+    if p.error is not None:
+        raise p.error
     if options.nvtx:
         print("NVTX ranges were emitted: run this under `nsys profile --trace cuda,nvtx`.")
     return 0
+
+
+def _loader(options: argparse.Namespace, shape: tuple[int, ...]) -> Any:
+    """The same random images and labels over and over: data that costs next to nothing."""
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(len(images), dtype=torch.long)
+    pin = options.device.type == "cuda"
+    if pin and not options.workers:  # once; what workers send has to be pinned each time
+        images, labels = images.pin_memory(), labels.pin_memory()
+    batches: Any = [(images, labels)] * (PREPARE + options.warmup + options.steps + UNTRACED)
+    return DataLoader(batches, batch_size=None, num_workers=options.workers, pin_memory=pin)
 
 
 def _autocast(options: argparse.Namespace) -> AbstractContextManager[Any]:
@@ -133,7 +132,8 @@ def _train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
     for images, labels in loader:
         with record_function("data"):
-            images = images.to(options.device, weights, non_blocking=True)
+            # Cast on the device: on the host that takes longer than all else here.
+            images = images.to(options.device, non_blocking=True).to(weights)
             labels = labels.to(options.device, non_blocking=True)
         with record_function("forward"), _autocast(options):
             loss = F.cross_entropy(call(images).float(), labels)
@@ -151,7 +151,7 @@ def _forward(
     """Inference steps; yields how many images each took."""
     for images, _ in loader:
         with record_function("data"):
-            images = images.to(options.device, weights, non_blocking=True)
+            images = images.to(options.device, non_blocking=True).to(weights)
         with record_function("forward"), torch.inference_mode(), _autocast(options):
             call(images)
         yield len(images)

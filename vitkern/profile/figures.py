@@ -17,9 +17,16 @@ class Ceilings:
     bytes_per_s: float | None = None
     how: str = ""
 
+    def rate(self, dtype: str) -> float | None:
+        """FLOP/s in a dtype, None where unknown; float16 goes as fast as bfloat16."""
+        same = "bfloat16" if dtype == "float16" else dtype
+        return self.flops_per_s.get(dtype) or self.flops_per_s.get(same)
+
     def least_seconds(self, cost: Cost) -> tuple[float, str]:
-        """The least time of a call, and what bounds it: "compute" or "memory"."""
-        rate = self.flops_per_s.get(cost.dtype)
+        """The least time of a call, and what bounds it: "compute", "memory", "" for unknown."""
+        rate = self.rate(cost.dtype)
+        if cost.flops and not rate:
+            return 0.0, ""
         compute = cost.flops / rate if rate else 0.0
         memory = cost.bytes / self.bytes_per_s if self.bytes_per_s else 0.0
         return max(compute, memory), "compute" if compute > memory else "memory"

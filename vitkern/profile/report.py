@@ -13,8 +13,8 @@ from vitkern._table import columns
 from vitkern.profile import ceilings as measured
 from vitkern.profile.analysis import analyse, known_card
 from vitkern.profile.figures import Analysis, Ceilings, Row, short
-from vitkern.profile.trace import Trace, parse, phases, windows
-from vitkern.profile.verdicts import judge, ms
+from vitkern.profile.trace import CALLS, Span, Trace, parse, phases, windows
+from vitkern.profile.verdicts import Verdict, judge, ms
 
 LONGEST = 25  # rows of the table; the rest is one row
 NO_PICTURES = (
@@ -43,21 +43,22 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def write(contents: dict[str, Any], out: Path, device: torch.device | None = None) -> Analysis:
+def write(contents: dict[str, Any], out: Path, measure: bool = False) -> Analysis:
     """Analyse a trace and write report.html and report.json.
 
     Args:
         contents: of the trace; gains an entry "vitkern" and a track with the phases.
         out: the folder; it is made if need be.
-        device: what ran here, whose ceilings are measured; None for a trace from elsewhere, whose
-            ceilings are those it brings, or those of a known card.
+        measure: measure the ceilings of the device that ran, here; without, they are those that the
+            trace brings, or those of a known card.
     """
     trace = parse(contents)
     extra = contents.setdefault("vitkern", {})
-    ceilings = _ceilings(trace, device)
+    unseen = 0 if trace.on_gpu else sum(_launches(span) for span in trace.host)
+    ceilings = _ceilings(trace, measure and not unseen)
     extra["ceilings"] = asdict(ceilings)
     a = analyse(trace, int(extra.get("warmup", 0)), ceilings)
-    a.verdicts = judge(a)
+    a.verdicts = [_no_kernels(unseen)] if unseen else judge(a)
     if not any(e.get("pid") == "vitkern" for e in contents["traceEvents"]):
         contents["traceEvents"] += _phase_track(trace)
     out.mkdir(parents=True, exist_ok=True)
@@ -66,8 +67,34 @@ def write(contents: dict[str, Any], out: Path, device: torch.device | None = Non
     return a
 
 
-def _ceilings(trace: Trace, device: torch.device | None) -> Ceilings:
-    if device is not None:
+def save(contents: dict[str, Any], path: Path) -> None:
+    """Write a trace; what was at `path` stays there until all is written."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(contents))
+    part.replace(path)
+
+
+def _launches(span: Span) -> bool:
+    return span.category in CALLS and "Launch" in span.name
+
+
+def _no_kernels(launches: int) -> Verdict:
+    """The only verdict where it holds: all figures are the host's, and no rule is about those."""
+    return Verdict(
+        "No kernels in the trace",
+        f"{launches:,} launches were recorded, and nothing that ran on the GPU: CUPTI, which tells "
+        "PyTorch of kernels, gave none. All figures are the host's: what it took to launch.",
+        "End other profilers (nsys, ncu, DCGM's profiling metrics): only one can listen to a GPU. "
+        "Otherwise see what PyTorch prints about CUPTI or Kineto when recording begins.",
+        0.0,
+    )
+
+
+def _ceilings(trace: Trace, measure: bool) -> Ceilings:
+    if measure:
+        device = torch.device("cpu")
+        if trace.on_gpu:
+            device = torch.device("cuda", trace.device[0].args.get("device", 0))
         try:
             return measured.measure(device, (torch.float32, torch.bfloat16))
         except RuntimeError as error:  # of memory, say: then there are no percentages

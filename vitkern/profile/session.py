@@ -1,6 +1,5 @@
 """The context manager: it records some steps of a loop, and writes the report at its end."""
 
-import json
 import os
 import time
 import warnings
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.autograd.profiler import emit_nvtx
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -28,7 +28,7 @@ class profile:  # used like a function, as torch.profiler.profile is
     Recording begins with the block and ends after `warmup` + `steps` steps, or with the block; the
     steps that follow run as if there were no profiler, and tell what it costs. The report leaves
     the first `warmup` steps out, if there are more. It is written when the block ends, also by an
-    exception, which then goes on.
+    exception, which then goes on. What goes wrong with it is a warning: it never stops the loop.
 
     A step ends where `step` is called; in a loop that never calls it, with each optimizer step; and
     without either the block is one step. Ranges named "data", "forward", "backward" or "optimizer"
@@ -37,17 +37,19 @@ class profile:  # used like a function, as torch.profiler.profile is
 
     Args:
         out: folder for report.html, report.json and trace.json (for chrome://tracing or Perfetto);
-            it is made if need be.
+            it is made if need be. Where torch.distributed runs several processes, each writes to
+            a folder "rank0", "rank1", ... in it.
         warmup: steps that are recorded but not reported: compilation, allocation, caches.
         steps: steps that are reported.
         nvtx: emit NVTX ranges of steps, ops and gradients for ``nsys profile`` in place of a
             report; the two can't be had at once.
         ceilings: measure, for a second at the end, what the device does at best; without, there
             are no percentages of a roofline.
-        show: print the report's table and verdicts.
+        show: print the report's table and verdicts; of several processes rank 0 does.
 
     Attributes:
-        analysis: all figures, once the block has ended; None with `nvtx`.
+        analysis: all figures, once the block has ended; None with `nvtx`, and without a report.
+        error: why there is no report, None if nothing went wrong.
 
     Raises:
         ValueError: a negative warmup, less than one step, or `nvtx` without a GPU.
@@ -74,12 +76,13 @@ class profile:  # used like a function, as torch.profiler.profile is
         self.warmup, self.steps, self.nvtx = warmup, steps, nvtx
         self.ceilings, self.show = ceilings, show
         self.analysis: Any = None
+        self.error: Exception | None = None
         self._marks = self._optimizer_steps = 0
         self._images: list[int | None] = []
         self._recording = ExitStack()
         self._profiler: torch.profiler.profile | None = None
         self._choices: Counter[tuple[str, str, str]] = Counter()
-        self._clock = _Clock()
+        self._clock = _Clock(2 * steps)
 
     def __enter__(self) -> "profile":
         if torch.autograd.profiler._is_profiler_enabled:
@@ -89,6 +92,9 @@ class profile:  # used like a function, as torch.profiler.profile is
             torch.cuda.nvtx.range_push("step 0")
             self._recording.callback(torch.cuda.nvtx.range_pop)
             return self
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.out /= f"rank{dist.get_rank()}"
+            self.show = self.show and dist.get_rank() == 0
         self.out.mkdir(parents=True, exist_ok=True)
         gpu = torch.cuda.is_available()
         if not gpu:
@@ -99,16 +105,17 @@ class profile:  # used like a function, as torch.profiler.profile is
             record_shapes=True,
             profile_memory=True,
         )
+        _synchronise()  # what was launched before the block is none of its steps
         with ExitStack() as stack:  # undone if one of these fails
             profiler.start()
             stack.callback(profiler.stop)
             choices = stack.enter_context(record_choices())
             stack.callback(self._keep, choices)
-            hook = register_optimizer_step_post_hook(self._optimizer_step)
-            stack.callback(hook.remove)
             _mark(BEGIN)
             self._recording = stack.pop_all()
         self._profiler = profiler
+        # Until the block ends: PyTorch loops over its hooks when it calls one, so none may go then.
+        self._hook = register_optimizer_step_post_hook(self._optimizer_step)
         return self
 
     def step(self, images: int | None = None) -> None:
@@ -129,31 +136,35 @@ class profile:  # used like a function, as torch.profiler.profile is
         self._marks += 1
         self._images.append(images)
         if self._marks >= self.warmup + self.steps:
-            self._stop(by_optimizer=False)
+            self._stop()
 
     def _optimizer_step(self, *_: Any) -> None:
+        if self._marks:
+            return
+        if self._profiler is None:
+            self._clock.tick()
+            return
         self._optimizer_steps += 1
         # One more than are wanted: this one's range in the trace is cut off here.
-        if not self._marks and self._optimizer_steps > self.warmup + self.steps:
-            self._stop(by_optimizer=True)
+        if self._optimizer_steps > self.warmup + self.steps:
+            self._stop()
 
     def _keep(self, choices: list[Any]) -> None:
         self._choices.update((c.op, c.implementation, c.why) for c in choices)
 
-    def _stop(self, by_optimizer: bool) -> None:
+    def _stop(self) -> None:
         """End recording and write the trace; what runs from here on runs as ever."""
         if self._profiler is None:
             return
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        _mark(END)
         profiler, self._profiler = self._profiler, None
-        self._recording.close()
-        profiler.export_chrome_trace(str(self.out / "trace.json"))
-        if by_optimizer:
-            hook = register_optimizer_step_post_hook(lambda *_: self._clock.tick())
-            self._recording.callback(hook.remove)
-        self._clock.start()
+        try:
+            with self._recording:
+                _synchronise()
+                _mark(END)
+            profiler.export_chrome_trace(str(self.out / "trace.json"))
+            self._clock.start()
+        except Exception as problem:  # the loop that is looked at goes on
+            self.error = problem
 
     def __exit__(
         self,
@@ -162,29 +173,33 @@ class profile:  # used like a function, as torch.profiler.profile is
         traceback: TracebackType | None,
     ) -> None:
         if self.nvtx:
-            self._recording.close()
+            try:
+                self._recording.close()
+            except Exception:
+                if error is None:  # otherwise the block's own goes on
+                    raise
             return
-        try:
-            self._stop(by_optimizer=False)
-            self._recording.close()
-            self._report()
-        except Exception as problem:
-            if error is None:
-                raise
-            # The block's own error is the one to raise.
-            warnings.warn(f"profile: no report: {problem}", RuntimeWarning, stacklevel=2)
-        finally:
-            self._recording.close()
+        self._hook.remove()
+        self._stop()
+        kept = ""
+        if self.error is None:
+            path = self.out / "trace.json"
+            kept = f"; the trace is kept, try again: python -m vitkern profile --trace {path}"
+            try:
+                self._report(path)
+            except Exception as problem:
+                self.error = problem
+        if self.error is not None:
+            text = f"profile: no report: {self.error!r}{kept}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def _report(self) -> None:
+    def _report(self, path: Path) -> None:
         from vitkern.profile import report
         from vitkern.profile.trace import load
 
-        path = self.out / "trace.json"
         contents = load(path)
-        gpu = torch.cuda.is_available()
         contents["vitkern"] = {
-            "device": torch.cuda.get_device_name() if gpu else device_name(torch.device("cpu")),
+            "device": device_name(torch.device("cpu")),  # where no GPU ran; the trace names those
             "images": self._images,
             "warmup": self.warmup,
             "untraced_seconds": self._clock.seconds,
@@ -199,9 +214,10 @@ class profile:  # used like a function, as torch.profiler.profile is
                 "float32_matmul_precision": torch.get_float32_matmul_precision(),
             },
         }
-        device = torch.device("cuda" if gpu else "cpu")
-        self.analysis = report.write(contents, self.out, device if self.ceilings else None)
-        path.write_text(json.dumps(contents))
+        try:
+            self.analysis = report.write(contents, self.out, measure=self.ceilings)
+        finally:
+            report.save(contents, path)
         if self.show:
             report.show(self.analysis, self.out)
 
@@ -211,38 +227,58 @@ def _mark(name: str) -> None:
         pass
 
 
-class _Clock:
-    """Seconds of a step without the profiler: on a GPU by events, which wait for nothing."""
+def _gpus() -> list[int]:
+    """Those that hold tensors of this process."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [i for i in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(i)]
 
-    def __init__(self) -> None:
+
+def _synchronise() -> None:
+    for gpu in _gpus():
+        torch.cuda.synchronize(gpu)
+
+
+class _Clock:
+    """Seconds of at most `most` steps without the profiler.
+
+    On GPUs by events, which wait for nothing; of several GPUs those of the slowest.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
         self.ticks = 0
+        self.gpus: list[int] = []
         self.began: Any = None
         self.last: Any = None
 
     def start(self) -> None:
         """The first step begins."""
+        self.gpus = _gpus()
         self.began = self._now()
 
     def tick(self) -> None:
         """A step ended."""
-        self.ticks += 1
-        self.last = self._now()
+        if self.began is not None and self.ticks < self.most:
+            self.ticks += 1
+            self.last = self._now()
 
     @property
     def seconds(self) -> float | None:
         """The mean; None without a step."""
         if not self.ticks:
             return None
-        if isinstance(self.last, float):
-            return (self.last - self.began) / self.ticks
-        self.last.synchronize()
-        milliseconds: float = self.began.elapsed_time(self.last)
-        return milliseconds / 1e3 / self.ticks
+        if not self.gpus:
+            return float(self.last - self.began) / self.ticks
+        for event in self.last:
+            event.synchronize()
+        pairs = zip(self.began, self.last, strict=True)
+        return max(began.elapsed_time(last) for began, last in pairs) / 1e3 / self.ticks
 
-    @staticmethod
-    def _now() -> Any:
-        if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    def _now(self) -> Any:
+        if not self.gpus:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        events = [torch.cuda.Event(enable_timing=True) for _ in self.gpus]
+        for gpu, event in zip(self.gpus, events, strict=True):
+            event.record(torch.cuda.current_stream(gpu))
+        return events

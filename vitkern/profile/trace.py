@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,7 @@ def load(path: Path) -> dict[str, Any]:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8", errors="replace") as file:
             contents = json.load(file)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:  # also of a .gz that is cut off or broken
         raise ValueError(f"profile: can't read the trace {path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"profile: {path} is no Chrome trace: {error}") from None
@@ -121,7 +122,19 @@ def load(path: Path) -> dict[str, Any]:
         contents = {"traceEvents": contents}
     if not isinstance(contents, dict) or not isinstance(contents.get("traceEvents"), list):
         raise ValueError(f"profile: {path} is no Chrome trace: it has no list traceEvents")
+    contents["traceEvents"] = [e for e in contents["traceEvents"] if isinstance(e, dict)]
     return contents
+
+
+def _usable(event: dict[str, Any]) -> bool:
+    """Whether an event says what ran, and when: other tools' need not, and are skipped."""
+    times = event.get("ts"), event.get("dur", 0)
+    args = event.get("args")
+    return (
+        isinstance(event.get("name"), str)
+        and all(isinstance(t, (int, float)) for t in times)
+        and (args is None or isinstance(args, dict))
+    )
 
 
 def parse(contents: dict[str, Any]) -> Trace:
@@ -130,8 +143,8 @@ def parse(contents: dict[str, Any]) -> Trace:
     Raises:
         ValueError: there is nothing in it that ran.
     """
-    events = contents["traceEvents"]
-    timed = [e for e in events if e.get("ph") == "X" and e.get("cat") in HOST | DEVICE]
+    events = [e for e in contents["traceEvents"] if _usable(e)]
+    timed = [e for e in events if e.get("ph") == "X" and str(e.get("cat")) in HOST | DEVICE]
     if not timed:
         raise ValueError("profile: the trace holds no ops and no kernels")
     base = min(e["ts"] for e in timed)
@@ -152,7 +165,9 @@ def parse(contents: dict[str, Any]) -> Trace:
     device = sorted(_busiest(device), key=lambda s: s.start)
     _nest(host)
     number = device[0].args.get("device", 0) if device else 0
-    properties = [p for p in contents.get("deviceProperties", []) if p.get("id") == number]
+    # A machine has GPUs also where a CPU ran.
+    cards = contents.get("deviceProperties", []) if device else []
+    properties = [p for p in cards if p.get("id") == number]
     ends = [s.end for s in host] + [s.end for s in device]
     return Trace(
         host=host,
@@ -209,7 +224,7 @@ def _memory(events: Iterable[dict[str, Any]], base: float, number: int) -> dict[
     found: dict[int, list[Memory]] = {}
     for event in events:
         if event.get("name") == "[memory]":
-            args = event["args"]
+            args = event.get("args") or {}
             kind = args.get("Device Type", 0)
             if kind == 0 or args.get("Device Id", number) == number:
                 state = Memory(event["ts"] - base, args.get("Total Allocated", 0))
