@@ -91,6 +91,7 @@ def rows_of_a_run(date: str = "2026-12-01T10:00:00+00:00", device: str = "cuda")
         {"kind": "absent", "impl": "apex", "why": "NVIDIA's apex is not installed"},
         {"kind": "ceilings", "flops_per_s": CEILINGS, "bytes_per_s": 3e12, "matmul": "8192^3"}
         | {"copy": copy},
+        {"kind": "clocks", "nvidia_smi": "clocks.current.sm [MHz]\n1725 MHz", "performance": ""},
         {"kind": "something new", "value": 1},
     ]
     for number, (model, size) in enumerate(MODELS.items()):
@@ -344,12 +345,13 @@ def test_a_run_that_was_cut_off_takes_no_losses_away(tmp_path: Path) -> None:
 
 
 def test_without_times_the_report_says_so(tmp_path: Path, capsys: Any) -> None:
-    about = [row for row in rows_of_a_run() if row["kind"] in ("about", "step")]
+    about = [row for row in rows_of_a_run() if row["kind"] in ("about", "step", "clocks")]
     path = lines(tmp_path / "a.jsonl", about)
     assert main_report([path], tmp_path / "out") == 0
     assert "groups of models: none" in capsys.readouterr().out
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No model was timed." in text
+    assert "\n1725 MHz\n" in text
     assert "No op was timed." in text
     assert text.count("- Not drawn: ") == 5
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.md"]

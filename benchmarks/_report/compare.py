@@ -14,7 +14,7 @@ from .._cases import save
 from .._measure import Stats
 from .results import A_A_BOUND, Results, Row, duration, geometric_mean, read, stats
 
-# That a run may have otherwise than the one before, without a word; clocks stand in nvidia_smi.
+# That a run may have otherwise than the one before, without a word.
 VARYING = ("date", "commit", "uncommitted", "card", "packages", "nvidia_smi")
 COLORS = {"broken": "red", "slower": "red", "faster": "green", "mended": "green"}
 

@@ -263,7 +263,7 @@ def _left_out(results: Results) -> list[str]:
 
 def _run(results: Results) -> list[str]:
     about, environment = results.about(), results.environment
-    apart = ("card", "packages", "nvidia_smi", "nvidia_smi_clocks")
+    apart = ("card", "packages", "nvidia_smi")
     facts = {k: v for k, v in environment.items() if k not in apart}
     packages = environment.get("packages", {})
     facts |= {f"card, {key}": value for key, value in environment.get("card", {}).items()}
@@ -277,20 +277,20 @@ def _run(results: Results) -> list[str]:
         moved = rate(ceilings["bytes_per_s"], "B")
         facts["ceiling, memory"] = f"{moved}, copy of {ceilings['copy']}"
     lines = ["## The run", "", *table(("", ""), facts.items())]
-    if smi := environment.get("nvidia_smi"):
-        lines += ["```", smi, "```", ""]
+    told = [environment.get("nvidia_smi"), *(row["nvidia_smi"] for row in results.of("clocks"))]
+    if any(told):  # the card, then its clocks behind the ceilings and at the end
+        lines += ["```", *filter(None, told), "```", ""]
     steps = []
     for row in results.of("step"):
         took = "" if row.get("seconds") is None else f"{row['seconds']:.0f} s"
-        done = "ok" if row["ok"] else "**failed**"
+        done = {True: "ok", None: "unfinished"}.get(row["ok"], "**failed**")
         steps.append((row["what"], done, row.get("why", ""), took))
     if steps:
         lines += ["### Steps", "", *table(("step", "", "why", "took"), steps)]
     lines += ["### Again", "", "```sh"]
     if commit := environment.get("commit"):
-        changed = (
-            "   # and the changes that were not committed" if environment["uncommitted"] else ""
-        )
+        dirty = environment.get("uncommitted")
+        changed = "   # and the changes that were not committed" if dirty else ""
         lines += [f"git checkout {commit}{changed}"]
     files = " ".join(path.name for path in results.paths)
     lines += [
