@@ -387,12 +387,46 @@ def test_the_command_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no prediction for it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["vit_huge"], ["vit_tiny_patch16_224", "--gpu", "TPU"]])
-def test_the_command_refuses_unknown_names(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
+def test_the_command_says_why_the_bound_is_passed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bound below which an execution stands needs a word."""
+    model = "vit_base_patch16_224"
+    assert main(["roofline", model, "--gpu", "A100"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"vitkern .* 0\.9\dx", text)
+    assert report.PASSES in text
+    assert main(["roofline", "vit_tiny_patch16_224", "--gpu", "A100"]) == 0
+    assert report.PASSES not in capsys.readouterr().out
+
+
+def test_weights_are_gathered_twice() -> None:
+    plan = project("vit_base_patch16_224", "H100", 8, gpus=8, strategy="fsdp")
+    assert f"weights twice {2e3 * plan.gather:.3g} ms" in str(plan)
+    _, worst = plan.seconds
+    saved = plan.single.part_seconds("optimizer") * 7 / 8
+    assert worst == pytest.approx(plan.single.seconds - saved + 2 * plan.gather + plan.reduce)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("vit_tny", "unknown model 'vit_tny'; expected one of vit_tiny_patch16_224, vit_tiny_"),
+        ("vit_tiny_patch16_225", "did you mean 'vit_tiny_patch16_224'"),
+        ("vit_tiny_patch16_224 --gpu TPU", "unknown GPU 'TPU'; expected one of H100, A100"),
+        ("--gpu TPU", "unknown GPU 'TPU'"),
+        ("--batch -3", "--batch must be a positive integer, got -3"),
+        ("vit_tiny_patch16_224 --gpus -2", "--gpus must be a positive integer, got -2"),
+        ("vit_tiny_patch16_224 --gpus-per-node 0", "--gpus-per-node must be a positive integer"),
+        ("vit_tiny_patch16_224 --forward --gpus 8", "--forward and --gpus 8 exclude each other"),
+        ("--gpu A100 --gpus-per-node 4 --markdown", "--gpu, --gpus-per-node only with a MODEL"),
+    ],
+)
+def test_the_command_refuses_what_it_would_not_heed(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["roofline", *arguments]) == 2
-    assert "unknown" in capsys.readouterr().err
+    assert main(["roofline", *arguments.split()]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert not said.out
 
 
 def test_the_page_is_current() -> None:

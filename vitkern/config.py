@@ -249,7 +249,7 @@ class ViTConfig:
         """The preset of timm's model `name`, with any argument replaced.
 
         Raises:
-            ValueError: unknown name (the text offers close ones), or a pretrained tag.
+            ValueError: unknown name (the text offers close ones, or all), or a pretrained tag.
             TypeError: unknown argument.
         """
         if overrides.pop("pretrained", False):
@@ -303,7 +303,7 @@ class ViTConfig:
 
 
 def check_arguments(arguments: Iterable[str]) -> None:
-    """Every name is a field of ViTConfig; otherwise a TypeError that offers close ones."""
+    """Every name is a field of ViTConfig; otherwise a TypeError that offers close ones, or all."""
     known = [f.name for f in fields(ViTConfig)]
     for name in arguments:
         if name not in known:
@@ -311,8 +311,11 @@ def check_arguments(arguments: Iterable[str]) -> None:
 
 
 def _similar(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"; did you mean {' or '.join(map(repr, close))}?"
+    return f"; expected one of {', '.join(known)}"
 
 
 def _integer(name: str, value: Any, least: int) -> int:

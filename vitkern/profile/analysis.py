@@ -1,21 +1,25 @@
 """Figures of a trace: time by op and by phase, the device's idle time, memory, and utilisation.
 
 On a GPU an op's time is that of the kernels it launched, and a step lasts from the end of the
-previous step's last kernel to the end of its own last. On a CPU an op's time is that in which it,
-and no other, ran, and a step lasts from one mark to the next. All figures are means of a step.
+previous step's last kernel to the end of its own last. Of kernels that run at once only one counts,
+so that shares add up. On a CPU an op's time is that in which it, and no other, ran, and a step
+lasts from one mark to the next. All figures are means of a step.
 """
 
 import bisect
+import heapq
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitkern.kernels import REGISTRY
 from vitkern.profile import counting
 from vitkern.profile.figures import (
     IDLE,
+    MOST_UNSEEN,
     OVERHEAD,
     Analysis,
     Ceilings,
@@ -48,11 +52,13 @@ class _Sum:
     """What is added up for a row."""
 
     time: float = 0.0
+    hidden: float = 0.0
+    copied: int = 0  # bytes between GPU and host
     units: set[int] = field(default_factory=set)
     launches: int = 0
     counted: dict[int, Span] = field(default_factory=dict)
     phases: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    aten: float = 0.0  # time of kernels that ATen launched within the op
+    aten: float = 0.0  # time of kernels that ATen launched within the op, hidden or not
 
 
 class _Names:
@@ -132,7 +138,7 @@ def analyse(trace: Trace, warmup: int = 0, ceilings: Ceilings | None = None) -> 
         figures = _device(trace, every, skipped, pieces, names)
     else:
         figures = _host(trace, steps, pieces[skipped:], names)
-    lengths, sums, times, idle, timeline = figures
+    lengths, sums, times, idle, timeline, unseen = figures
     total, n = sum(lengths), len(lengths)
     main_steps = pieces[skipped:]
     in_steps = [(s.start, s.end) for s in steps]
@@ -143,6 +149,8 @@ def analyse(trace: Trace, warmup: int = 0, ceilings: Ceilings | None = None) -> 
     images, source = _images(trace, skipped, n, names, in_steps)
     seconds = total / n
     model_flops = (3 if trains else 1) * forward_flops / n or None
+    if unseen > MOST_UNSEEN:
+        model_flops = None
     main_dtype = dtypes.most_common(1)[0][0] if dtypes else ""
     calls = [s for s in trace.host if s.category in ("cuda_runtime", "cuda_driver")]
     inside = [s for s in calls if any(a <= s.start < b for a, b in in_steps)]
@@ -155,7 +163,7 @@ def analyse(trace: Trace, warmup: int = 0, ceilings: Ceilings | None = None) -> 
         seconds=seconds / 1e6,
         images=images,
         images_from=source,
-        images_per_s=images / (seconds / 1e6) if images else None,
+        images_per_s=images / (seconds / 1e6) if images and seconds else None,
         rows=sorted(rows, key=lambda row: -row.seconds),
         phases=[
             PhaseTime(
@@ -183,7 +191,8 @@ def analyse(trace: Trace, warmup: int = 0, ceilings: Ceilings | None = None) -> 
         flops=flops,
         model_flops=model_flops,
         trains=trains,
-        compiled=any(s.name.startswith("Torch-Compiled Region") for s in trace.host),
+        compiled=_compiled(trace),
+        unseen=unseen,
         main_dtype=main_dtype,
         utilisation=_utilisation(trace, model_flops, seconds, main_dtype, ceilings),
         ceilings=ceilings,
@@ -192,6 +201,10 @@ def analyse(trace: Trace, warmup: int = 0, ceilings: Ceilings | None = None) -> 
         choices=trace.extra.get("choices", []),
         timeline=timeline,
     )
+
+
+def _compiled(trace: Trace) -> bool:
+    return any(s.name.startswith("Torch-Compiled Region") for s in trace.host)
 
 
 def _count(calls: Iterable[Span], names: tuple[str, ...], n: int) -> float:
@@ -204,11 +217,12 @@ _Figures = tuple[
     dict[str, list[float]],
     Idle | None,
     list[tuple[str, str, float, float]],
+    float,
 ]
 
 
 def _host(trace: Trace, steps: list[Window], pieces: list[list[Phase]], names: _Names) -> _Figures:
-    """Of a CPU: (lengths, sums by row, phases, None, the timeline of the last step)."""
+    """Of a CPU: (lengths, sums by row, phases, None, the timeline of the last step, unseen)."""
     sums: dict[str, _Sum] = defaultdict(_Sum)
     times: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     timeline: list[tuple[str, str, float, float]] = []
@@ -246,7 +260,41 @@ def _host(trace: Trace, steps: list[Window], pieces: list[list[Phase]], names: _
                 ("phase", p.name, (p.start - step.start) / 1e6, (p.end - p.start) / 1e6)
                 for p in parts
             ]
-    return [s.end - s.start for s in steps], sums, times, None, timeline
+    lengths = [s.end - s.start for s in steps]
+    # What torch.compile made for a CPU records nothing.
+    total = sum(lengths)
+    unseen = sums[OVERHEAD].time / total if total and _compiled(trace) else 0.0
+    return lengths, sums, times, None, timeline, unseen
+
+
+class _Kernel(NamedTuple):
+    """What ran on a device: its row, phase, the call it is part of, the span that says its cost."""
+
+    span: Span
+    row: str
+    phase: str
+    unit: Span | None
+    cost_of: Span | None
+    op: Span | None
+    launched: float
+
+    @property
+    def unseen(self) -> bool:
+        """Whether it may be a product of the forward pass whose FLOPs no op tells."""
+        # Kernels without products of TorchInductor, and collectives.
+        plain = ("triton_poi", "triton_per", "triton_red", "nccl")
+        if (
+            self.span.category != "kernel"
+            or self.phase in ("backward", "optimizer")
+            or self.span.name.startswith(plain)
+        ):
+            return False
+        if self.cost_of is None:
+            return True
+        if self.cost_of.name.startswith(("aten::", counting.PREFIX)):
+            return False
+        cost = counting.cost(self.cost_of)
+        return cost is None or not cost.flops
 
 
 def _device(
@@ -256,46 +304,47 @@ def _device(
     pieces: list[list[Phase]],
     names: _Names,
 ) -> _Figures:
-    """Of a GPU: (lengths, sums by row, phases, idle time, the timeline of the last step)."""
+    """Of a GPU: (lengths, sums by row, phases, idle, the timeline of the last step, unseen)."""
     starts = [w.start for w in every]
-    by_step: list[list[tuple[Span, str, str, Span | None, Span | None, float]]]
-    by_step = [[] for _ in every]
+    by_step: list[list[_Kernel]] = [[] for _ in every]
     for span in trace.device:
-        by = trace.launched_by.get(id(span))
-        launched = by.start if by is not None else span.start
+        op, launched = trace.launches.get(id(span), (None, span.start))
         number = max(0, bisect.bisect_right(starts, launched) - 1)
         if launched >= every[number].end and number == len(every) - 1:
             continue  # after the last step
-        name, unit, cost_of = _kernel_row(span, by, names)
+        name, unit, cost_of = _kernel_row(span, op, names)
         phase = phase_at(pieces[number], launched)
         if span.name.startswith("Memcpy HtoD") and phase in ("forward", "other"):
             phase = "data"
-        by_step[number].append((span, name, phase, unit, cost_of, launched))
+        by_step[number].append(_Kernel(span, name, phase, unit, cost_of, op, launched))
     sums: dict[str, _Sum] = defaultdict(_Sum)
     times: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     gaps: list[tuple[float, str, str]] = []
     timeline: list[tuple[str, str, float, float]] = []
     lengths: list[float] = []
+    seen = unseen = 0.0  # of the forward pass
     before = every[0].start  # the end of the last kernel of the step before
     for number, (step, work) in enumerate(zip(every, by_step, strict=True)):
-        start = cursor = max(before, step.start) if number == 0 else before
-        end = max((span.end for span, *_ in work), default=step.end)
-        before = max(before, end)
+        start = cursor = before
+        before = end = max(start, max((k.span.end for k in work), default=step.end))
         if number < skipped:
             continue
-        for span, name, phase, unit, cost_of, launched in work:
+        for kernel, busy in zip(work, _visible([k.span for k in work], start), strict=True):
+            span, name, phase, unit, cost_of, op, launched = kernel
             item = sums[name]
-            item.time += span.duration
+            item.time += busy
+            item.hidden += span.duration - busy
             item.launches += 1
             item.phases[phase] += span.duration
             if unit is not None:
                 item.units.add(id(unit))
             if cost_of is not None:
                 item.counted[id(cost_of)] = cost_of
-            if unit is not None and _by_aten(trace.launched_by[id(span)], unit):
+            elif _over_pcie(span):
+                item.copied += span.args.get("bytes", 0)
+            if unit is not None and op is not None and _by_aten(op, unit):
                 item.aten += span.duration
             idle = max(0.0, span.start - cursor)
-            busy = max(0.0, span.end - max(cursor, span.start))
             if idle:
                 cause = _cause(cursor, launched, pieces[number])
                 gaps.append((idle, name, cause))
@@ -305,9 +354,16 @@ def _device(
             times[phase][0] += busy
             times[phase][1] += busy
             times[phase][2] += 1
+            if phase not in ("backward", "optimizer"):
+                seen += busy
+                unseen += busy * kernel.unseen
             cursor = max(cursor, span.end)
             if number == len(every) - 1:
                 timeline.append((name, phase, (span.start - start) / 1e6, span.duration / 1e6))
+        if cursor < end:  # a step without kernels
+            cause = _cause(cursor, end, pieces[number])
+            gaps.append((end - cursor, "the step's end", cause))
+            times["data" if cause == "data" else "other"][0] += end - cursor
         lengths.append(end - start)
     n, total = len(lengths), sum(lengths)
     causes: defaultdict[str, float] = defaultdict(float)
@@ -316,20 +372,51 @@ def _device(
         causes[cause] += idle
         following[name] += idle
     longest = max(gaps, default=(0.0, "", ""))
+    late = max((gap for gap in gaps if gap[2] == "host"), default=(0.0, "", ""))
     seconds = sum(causes.values())
     idle_time = Idle(
         seconds=seconds / n / 1e6,
         share=seconds / total if total else 0.0,
         longest=longest[0] / 1e6,
         longest_before=longest[1],
+        longest_late=late[0] / 1e6,
+        longest_late_before=late[1],
         causes={cause: value / n / 1e6 for cause, value in _descending(causes)},
         before={name: value / n / 1e6 for name, value in _descending(following)[:10]},
     )
-    return lengths, sums, times, idle_time, timeline
+    return lengths, sums, times, idle_time, timeline, unseen / seen if seen else 0.0
+
+
+def _visible(spans: Sequence[Span], start: float) -> list[float]:
+    """Of each span, in the order of their starts, the time since `start` in which it set the pace.
+
+    Where several ran that is the one on the stream with most of them: a collective that waits
+    beside the backward pass is hidden by what it waits for.
+    """
+    streams = Counter(span.track for span in spans)
+    rank = {track: i for i, (track, _) in enumerate(streams.most_common())}
+    shown = [0.0] * len(spans)
+    running: list[tuple[int, int]] = []  # a heap of (rank, index)
+    coming = 0
+    cuts = sorted({max(time, start) for span in spans for time in (span.start, span.end)})
+    for a, b in itertools.pairwise(cuts):
+        while coming < len(spans) and spans[coming].start <= a:
+            heapq.heappush(running, (rank[spans[coming].track], coming))
+            coming += 1
+        while running and spans[running[0][1]].end <= a:
+            heapq.heappop(running)
+        if running:
+            shown[running[0][1]] += b - a
+    return shown
+
+
+def _over_pcie(span: Span) -> bool:
+    """Whether this copies between the GPU and another place than its own memory."""
+    return span.category == "gpu_memcpy" and "DtoD" not in span.name
 
 
 def _by_aten(launcher: Span, op: Span) -> bool:
-    """Whether a kernel that `launcher` launched within `op` is one of ATen's."""
+    """Whether what `launcher`, an op within `op`, launches is one of ATen's kernels."""
     for above in launcher.ancestry():
         if above is op:
             return False
@@ -348,14 +435,15 @@ def _cause(gap_start: float, launched: float, pieces: Sequence[Phase]) -> str:
     return "data" if waited > (launched - gap_start) / 2 else "host"
 
 
-def _kernel_row(span: Span, by: Span | None, names: _Names) -> tuple[str, Span | None, Span | None]:
-    """The row of a kernel: its op's, or its own where a CUDA graph or unknown code launched it."""
-    if by is not None:
-        launcher = by.parent if by.category != "cpu_op" else by
-        if launcher is not None and "GraphLaunch" not in by.name:
-            name, unit, cost_of = names.row(launcher)
-            if name != OVERHEAD:
-                return name, unit, cost_of
+def _kernel_row(span: Span, op: Span | None, names: _Names) -> tuple[str, Span | None, Span | None]:
+    """The row of a kernel: its op's, or its own where a CUDA graph or unknown code launched it.
+
+    So are copies over PCIe: an op's bytes are held against the GPU's own memory.
+    """
+    if op is not None and not _over_pcie(span):
+        name, unit, cost_of = names.row(op)
+        if name != OVERHEAD:
+            return name, unit, cost_of
     return short_kernel(span.name), None, None
 
 
@@ -392,11 +480,12 @@ def _most(sums: dict[str, float]) -> str:
 
 
 def _make_row(name: str, item: _Sum, n: int, total: float, on_gpu: bool, ceilings: Ceilings) -> Row:
-    seconds = item.time / n / 1e6
+    seconds, hidden = item.time / n / 1e6, item.hidden / n / 1e6
+    ran = seconds + hidden
     costs = [counting.cost(span) for span in item.counted.values()]
     known = [c for c in costs if c is not None]
     flops = sum(c.flops for c in known) / n if known else None
-    moved = sum(c.bytes for c in known) / n if known else None
+    moved = (sum(c.bytes for c in known) + item.copied) / n
     least = [(*ceilings.least_seconds(c), c.dtype) for c in known]
     possible = sum(least_time for least_time, *_ in least) / n
     bounds: defaultdict[str, float] = defaultdict(float)
@@ -404,26 +493,29 @@ def _make_row(name: str, item: _Sum, n: int, total: float, on_gpu: bool, ceiling
     for least_time, bound, dtype in least:
         bounds[bound] += least_time
         dtypes[dtype] += least_time
-    rated = possible > 0 and seconds > 0 and len(known) == len(costs)
+    rated = possible > 0 and ran > 0 and len(known) == len(costs)
     rated = rated and all(bound for _, bound, _ in least)
     ours = name.partition(" ")[0] in REGISTRY
     kind = ""
     if on_gpu and ours:  # "NAME (cublas)" has ATen's product on purpose
-        by_aten = name.endswith(" (backward)") or (item.aten > item.time / 2 and " (" not in name)
+        by_aten = name.endswith(" (backward)") or (
+            item.aten > (item.time + item.hidden) / 2 and " (" not in name
+        )
         kind = "ATen" if by_aten else "kernel"
     if name.startswith("optimizer") and any(map(_fused, item.counted.values())):
         kind = "fused"
     return Row(
         op=name,
         seconds=seconds,
+        hidden=hidden,
         share=item.time / total if total else 0.0,
         calls=len(item.units) / n,
         launches=item.launches / n if on_gpu else None,
         flops=flops or None,
         bytes=moved or None,
-        flops_per_s=flops / seconds if flops and seconds else None,
-        bytes_per_s=moved / seconds if moved and seconds else None,
-        roofline=possible / seconds if rated else None,
+        flops_per_s=flops / ran if flops and ran else None,
+        bytes_per_s=moved / ran if moved and ran else None,
+        roofline=possible / ran if rated else None,
         bound=_most(bounds) if rated else "",
         dtype=_most(dtypes) if dtypes else "",
         phase=_most(item.phases) if item.phases else "other",
@@ -480,28 +572,28 @@ def _memory(trace: Trace, steps: list[Window], pieces: list[list[Phase]]) -> Mem
     times = [s.time for s in states]
 
     def held(time: float) -> int:
-        """Bytes allocated at a time; before the first event, what that one changed."""
+        """Bytes allocated at a time."""
         i = bisect.bisect_right(times, time) - 1
-        return states[max(i, 0)].allocated
+        return states[i].allocated if i >= 0 else states[0].before
 
-    base = 0 if trace.on_gpu else held(times[0])
+    base = 0 if trace.on_gpu else states[0].before
     peak, peak_phase, saved = 0, "", []
     for step, parts in zip(steps, pieces, strict=True):
-        for state in states[
-            bisect.bisect_left(times, step.start) : bisect.bisect_right(times, step.end)
-        ]:
-            if state.allocated - base > peak:
-                peak, peak_phase = state.allocated - base, phase_at(parts, state.time)
+        inside = [s for s in states if step.start <= s.time <= step.end]
+        # A step that allocates nothing, a CUDA graph's say, holds what it found.
+        found = [(step.start, held(step.start)), *((s.time, s.allocated) for s in inside)]
+        for time, allocated in found:
+            if allocated - base > peak:
+                peak, peak_phase = allocated - base, phase_at(parts, time)
         first = next((p.start for p in parts if p.name == "backward"), None)
         if first is not None:
             began = next((p.start for p in parts if p.name == "forward"), step.start)
             saved.append(held(first) - held(began))
-    last = steps[-1]
-    inside = [s for s in states if last.start <= s.time <= last.end]
-    stride = max(1, len(inside) // POINTS)
+    start = steps[-1].start  # `found` is of the last step
+    stride = max(1, len(found) // POINTS)
     curve = [
-        ((chunk[0].time - last.start) / 1e6, max(s.allocated for s in chunk) - base)
-        for chunk in (inside[i : i + stride] for i in range(0, len(inside), stride))
+        ((chunk[0][0] - start) / 1e6, max(allocated for _, allocated in chunk) - base)
+        for chunk in (found[i : i + stride] for i in range(0, len(found), stride))
     ]
     return MemoryUse(
         device="GPU" if trace.on_gpu else "CPU",

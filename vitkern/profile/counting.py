@@ -136,10 +136,11 @@ def _of_ours(op: Op, given: list[Any]) -> Cost:
         if name.endswith("dtype") and isinstance(value, int):
             arguments[name] = NUMBERS[value]
     if arguments.get("activation", "") is None:
-        # The dispatcher's record has no strings. A layer three times as wide is that of q, k and v.
+        # The dispatcher's record has no strings. Up to three times as wide it is q, k and v, or
+        # one of them; an MLP's first layer is wider.
         weight = arguments["weight"]
-        wide = weight.shape[0] == 3 * weight.shape[1] and not arguments["gated"]
-        arguments["activation"] = "" if wide else "gelu"
+        narrow = weight.shape[0] <= 3 * weight.shape[1] and not arguments["gated"]
+        arguments["activation"] = "" if narrow else "gelu"
     return Cost(op.flops(**arguments), op.bytes_moved(**arguments), _narrowest(given))
 
 

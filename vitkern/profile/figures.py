@@ -7,6 +7,7 @@ from vitkern.profile.counting import Cost
 
 OVERHEAD = "Python, PyTorch's overhead"  # the row of what is no op
 IDLE = "GPU idle"  # a lane of the timeline
+MOST_UNSEEN = 0.05  # of Analysis.unseen, up to which there is an MFU
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,16 @@ class Ceilings:
 class Row:
     """One op, in one step.
 
+    seconds: what it adds to the step; hidden: what more of it ran on a GPU beside kernels of a
+    busier stream. Rates are over both.
+    launches: kernels, copies and fills that ran on a GPU, those of a CUDA graph each.
+    bytes: of a copy between GPU and host those copied, without a roofline: PCIe bounds it.
     implementation: of vitkern's ops on a GPU "kernel" or "ATen"; of a fused optimizer "fused".
     """
 
     op: str
     seconds: float
+    hidden: float
     share: float
     calls: float
     launches: float | None
@@ -74,6 +80,7 @@ class PhaseTime:
 class Idle:
     """When a GPU ran nothing, in one step.
 
+    longest, longest_late: seconds of the longest gap, and of the longest that waited for the host.
     causes: seconds by what it waited for: "data" (the loader), "host" (the launch came late),
     "device" (all else: between kernels that were launched in time).
     """
@@ -82,6 +89,8 @@ class Idle:
     share: float
     longest: float
     longest_before: str
+    longest_late: float
+    longest_late_before: str
     causes: dict[str, float]
     before: dict[str, float]  # seconds by the op that came next
 
@@ -89,6 +98,8 @@ class Idle:
 @dataclass
 class MemoryUse:
     """Bytes. peak: most at once; on a CPU beyond what was held when recording began.
+
+    On a GPU it lacks what CUDA graphs keep in pools of their own: PyTorch's count leaves that out.
 
     saved: held when backward begins, beyond what was held when the step began.
     """
@@ -126,6 +137,8 @@ class Analysis:
     model_flops: float | None
     trains: bool
     compiled: bool  # whether code ran that torch.compile had made
+    # Share of the forward pass in kernels that no op stands for, so that nothing tells their FLOPs.
+    unseen: float
     main_dtype: str
     utilisation: dict[str, float]  # MFU against "measured" and "datasheet" peaks
     ceilings: Ceilings

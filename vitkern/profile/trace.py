@@ -1,8 +1,8 @@
 """A Chrome trace of torch.profiler: what ran on the host, what on the device, steps and phases.
 
 Times are microseconds since the first event. The host's spans are nested by time, thread by thread;
-a device's spans (kernels, copies) know the host span that launched them, by the correlation number
-of the CUDA call, or by the number of the op ("External id") where that call is missing.
+a device's spans (kernels, copies) know the op that launched them by its number ("External id"), and
+where they have none by what surrounds the CUDA call with their correlation number.
 """
 
 import bisect
@@ -61,10 +61,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that PyTorch's allocator holds, after one allocation or release."""
+    """Bytes that PyTorch's allocator holds after one allocation or release, and held before it."""
 
     time: float
     allocated: int
+    before: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Trace:
 
     host: list[Span]
     device: list[Span]
-    launched_by: dict[int, Span]  # by id() of a device's span: the host's op or call
+    # By id() of a device's span: what launched it, None for a CUDA graph or no op; and when.
+    launches: dict[int, tuple[Span | None, float]]
     memory: dict[int, list[Memory]]  # by device type: 0 the host, 1 a GPU
     properties: dict[str, Any]  # of the device
     extra: dict[str, Any]  # what vitkern.profile added to the file
@@ -172,7 +174,7 @@ def parse(contents: dict[str, Any]) -> Trace:
     return Trace(
         host=host,
         device=device,
-        launched_by=_launches(host, device),
+        launches=_launches(host, device),
         memory=_memory(events, base, number),
         properties=properties[0] if properties else {},
         extra=contents.get("vitkern") or {},
@@ -205,18 +207,23 @@ def _nest(host: Iterable[Span]) -> None:
         stack.append(span)
 
 
-def _launches(host: Iterable[Span], device: Iterable[Span]) -> dict[int, Span]:
-    calls, ops = {}, {}
-    for span in host:
-        if span.category in CALLS:
-            calls[span.args.get("correlation")] = span
-        elif span.category == "cpu_op":
-            ops[span.args.get("External id")] = span
-    found = {}
+def _launches(host: Iterable[Span], device: Iterable[Span]) -> dict[int, tuple[Span | None, float]]:
+    calls = {
+        s.args["correlation"]: s for s in host if s.category in CALLS and "correlation" in s.args
+    }
+    ops = {
+        s.args["External id"]: s for s in host if s.category == "cpu_op" and "External id" in s.args
+    }
+    found: dict[int, tuple[Span | None, float]] = {}
     for span in device:
-        by = calls.get(span.args.get("correlation")) or ops.get(span.args.get("External id"))
-        if by is not None:
-            found[id(span)] = by
+        call = calls.get(span.args.get("correlation"))
+        if call is not None and "GraphLaunch" in call.name:
+            found[id(span)] = None, call.start
+            continue
+        op = ops.get(span.args.get("External id")) or (call and call.parent)
+        known = call or op
+        if known is not None:
+            found[id(span)] = op, known.start
     return found
 
 
@@ -227,7 +234,8 @@ def _memory(events: Iterable[dict[str, Any]], base: float, number: int) -> dict[
             args = event.get("args") or {}
             kind = args.get("Device Type", 0)
             if kind == 0 or args.get("Device Id", number) == number:
-                state = Memory(event["ts"] - base, args.get("Total Allocated", 0))
+                held = args.get("Total Allocated", 0)
+                state = Memory(event["ts"] - base, held, held - args.get("Bytes", 0))
                 found.setdefault(kind, []).append(state)
     for states in found.values():
         states.sort(key=lambda state: state.time)

@@ -11,7 +11,7 @@ import torch
 
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._op import kernel_problem
-from vitkern.profile.figures import OVERHEAD, Analysis
+from vitkern.profile.figures import MOST_UNSEEN, OVERHEAD, Analysis
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,29 @@ def launch_bound(a: Analysis) -> Iterator[Verdict]:
     if waited / a.seconds < 0.08:
         return
     waits = a.synchronisations or 0
+    graphs = a.graph_launches or 0
     evidence = (
         f"The GPU was idle for {ms(waited)} of {ms(a.seconds)} because the next kernel had not "
-        f"been launched yet; {a.launches:,.0f} launches a step, longest gap "
-        f"{ms(a.idle.longest)} before {a.idle.longest_before}."
+        f"been launched yet, longest for {ms(a.idle.longest_late)} before "
+        f"{a.idle.longest_late_before}; {a.launches:,.0f} kernels and copies a step."
     )
     room = ""
-    if a.memory is not None and a.memory.total and a.memory.peak < 0.5 * a.memory.total:
+    m = a.memory
+    if m is not None and m.total and m.peak < 0.5 * m.total and not graphs:
         room = (
-            f" A larger batch would fit: the peak is {a.memory.peak / 2**30:.1f} of "
-            f"{a.memory.total / 2**30:.0f} GiB."
+            f" A larger batch would fit: the peak is {m.peak / 2**30:.1f} of "
+            f"{m.total / 2**30:.0f} GiB."
         )
     if waits >= 1:
         evidence += f" Python waited for the GPU {waits:.0f} times a step."
         room += " Fewer .item(), .cpu() and print of tensors: each lets the queue run dry."
-    advice = (
-        "torch.compile(model, mode='reduce-overhead')"
-        if a.trains
-        else "CUDA graphs (vitkern.capture)"
-    )
+    if graphs:
+        evidence += f" CUDA graphs were replayed {graphs:,.1f} times a step."
+        advice = "Capture more of the step: the GPU waits for what is launched beside the graphs"
+    elif a.trains:
+        advice = "torch.compile(model, mode='reduce-overhead')"
+    else:
+        advice = "CUDA graphs (vitkern.capture)"
     yield Verdict("The GPU waits for Python", evidence, f"{advice}.{room}", waited / a.seconds)
 
 
@@ -129,10 +133,10 @@ def optimizer(a: Analysis) -> Iterator[Verdict]:
     fused = any(r.op.startswith("optimizer") and r.implementation == "fused" for r in a.rows)
     if phase.share < 0.04 or fused:
         return
-    launches = f", {phase.launches:,.0f} launches" if phase.launches else ""
+    kernels = f", {phase.launches:,.0f} kernels" if phase.launches else ""
     yield Verdict(
         "The optimizer is not fused",
-        f"{ms(phase.seconds)} a step ({phase.share:.0%}){launches}, without a fused kernel.",
+        f"{ms(phase.seconds)} a step ({phase.share:.0%}){kernels}, without a fused kernel.",
         "fused=True for torch.optim.AdamW, Adam or SGD: one pass over parameters and state.",
         phase.share,
     )
@@ -229,6 +233,37 @@ def memory(a: Analysis) -> Iterator[Verdict]:
     )
 
 
+def overlap(a: Analysis) -> Iterator[Verdict]:
+    """Kernels behind others: in no share, but no secret."""
+    rows = sorted((r for r in a.rows if r.hidden), key=lambda r: -r.hidden)
+    hidden = sum(r.hidden for r in rows)
+    if hidden >= 0.01 * a.seconds and rows:
+        most = ", ".join(f"{r.op} {ms(r.hidden)}" for r in rows[:3])
+        yield Verdict(
+            "Kernels ran beside others",
+            f"{ms(hidden)} a step ran while another stream was busy: {most}. No step is "
+            "longer for it: times and shares leave it out, rates count it.",
+            "None needed. What runs at once slows down each other: these rates are lower than "
+            "alone.",
+            0.0,
+            good=True,
+        )
+
+
+def unseen(a: Analysis) -> Iterator[Verdict]:
+    """Why there is no MFU."""
+    if a.unseen > MOST_UNSEEN:
+        yield Verdict(
+            "The model's FLOPs are unknown",
+            f"{a.unseen:.0%} of the {'forward pass' if a.on_gpu else 'time'} is in kernels that a "
+            "trace ties to no op: those of CUDA graphs, of torch.compile's own products, or of "
+            "other extensions. An MFU would leave them out, so there is none.",
+            "Profile the same model without graphs and compiler: its FLOPs are the same.",
+            0.0,
+            good=True,
+        )
+
+
 def compute_bound(a: Analysis) -> Iterator[Verdict]:
     """Good: the time is in ops near the device's ceilings."""
     near = [r for r in a.rows if r.roofline is not None and r.roofline >= 0.6]
@@ -255,6 +290,8 @@ RULES: tuple[Callable[[Analysis], Iterator[Verdict]], ...] = (
     pointwise,
     slow_ops,
     memory,
+    overlap,
+    unseen,
     compute_bound,
 )
 
@@ -262,7 +299,9 @@ RULES: tuple[Callable[[Analysis], Iterator[Verdict]], ...] = (
 def judge(a: Analysis) -> list[Verdict]:
     """What the rules find, the weightiest first; never nothing."""
     found = [verdict for rule in RULES for verdict in rule(a)]
-    if not found:
+    if not found and not a.rows:
+        found = [Verdict("Nothing ran in these steps", "No op, no kernel.", "More steps.", 0.0)]
+    elif not found:
         first = a.rows[0]
         found = [
             Verdict(

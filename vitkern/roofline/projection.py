@@ -73,7 +73,7 @@ class Projection:
             f"a GPU, {one.execution} (predicted):\n"
             f"{worst:,.0f} to {best:,.0f} images/s, {low:.1%} to {high:.1%} of {self.gpus} single "
             f"GPUs (communication not hidden at all, or as far as it can be)\n"
-            f"gradients {1e3 * self.reduce:.3g} ms, weights twice {1e3 * self.gather:.3g} ms, at "
+            f"gradients {1e3 * self.reduce:.3g} ms, weights twice {2e3 * self.gather:.3g} ms, at "
             f"{self.link / 1e9:.3g} GB/s a GPU\n{columns(lines)}"
         )
 

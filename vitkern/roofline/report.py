@@ -8,13 +8,17 @@ import vitkern.roofline
 from vitkern._table import columns
 from vitkern.config import ViTConfig
 
-from .executions import EXECUTIONS, PRECISIONS, resolve
-from .machines import MACHINES, Machine
+from .executions import EXECUTIONS, PRECISIONS, positive, resolve
+from .machines import MACHINES, Machine, card
 from .prediction import Prediction, predict
 from .projection import STRATEGIES, project
 
 Lines = list[list[str]]
 
+PASSES = (
+    "vitkern passes the bound where it saves more by computing the class token only in its last "
+    "block than it loses elsewhere."
+)
 COMMAND = "python -m vitkern roofline --markdown > docs/roofline.md"
 MODELS = {
     "Ti/16": "vit_tiny_patch16_224",
@@ -47,14 +51,32 @@ def run(options: argparse.Namespace) -> str:
     """What the command prints.
 
     Raises:
-        ValueError: an unknown model or GPU, sizes that make no sense; the text says which.
+        ValueError: an unknown model or GPU, sizes that make no sense, options that exclude each
+            other, or that need a model and have none; the text says which.
     """
+    card(options.gpu)
+    for name in ("batch", "gpus", "gpus_per_node"):
+        positive(_flag(name), getattr(options, name))
+    if options.forward and options.gpus > 1:
+        raise ValueError(
+            f"--forward and --gpus {options.gpus} exclude each other: several GPUs are projected "
+            "for training only"
+        )
     if options.model is None:
+        alone = argparse.ArgumentParser()
+        add_options(alone)
+        given = [
+            _flag(name)
+            for name, default in vars(alone.parse_args([])).items()
+            if name != "markdown" and getattr(options, name) != default
+        ]
+        if given:
+            raise ValueError(f"{', '.join(given)} only with a MODEL; the tables are of all cards")
         return page()
     config = resolve(options.model)
     if options.save:
         config = replace(config, save=options.save)
-    training = options.train or (options.gpus > 1 and not options.forward)
+    training = options.train or options.gpus > 1
     layout = markdown if options.markdown else columns
     wide = options.precision in ("tf32", "float32")
     found = {}
@@ -71,9 +93,10 @@ def run(options: argparse.Namespace) -> str:
         f"{shown.model}, {what} of {options.batch} images on {shown.machine.name}. Predicted, "
         "not measured.",
         layout(comparison(found)),
-        f"By op, {shown.execution}:",
-        layout(shown.table()),
     ]
+    if not wide and found["vitkern"].seconds < found["fused"].seconds:
+        parts.append(PASSES)
+    parts += [f"By op, {shown.execution}:", layout(shown.table())]
     if wide:
         parts.append("vitkern leaves float32 products to PyTorch: no prediction for it.")
     else:
@@ -90,6 +113,10 @@ def run(options: argparse.Namespace) -> str:
         )  # fmt: skip
         parts.append(str(plan))
     return "\n\n".join(parts)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -150,8 +177,7 @@ def page() -> str:
         markdown(_cards()),
         "## One GPU, images/s",
         "224 pixels, batch 256, whether or not that fits into memory. In each cell: eager / "
-        "compiler / vitkern / fused. vitkern passes the bound where it saves more by computing "
-        "the class token only in its last block than it loses elsewhere.",
+        f"compiler / vitkern / fused. {PASSES}",
         markdown(_throughput()),
         "## Where vitkern is above its bound",
         "A training step of B/16 on an H100, batch 256, us by op; pooled by the mean, so that both "
@@ -184,14 +210,14 @@ def _cards() -> Lines:
 
 def _throughput() -> Lines:
     lines = [["card", "model", "forward", "training", "MFU of training"]]
-    for card in MACHINES:
+    for machine in MACHINES:
         for short, name in MODELS.items():
             cells = []
             for training in (False, True):
-                found = [predict(name, card, 256, training, e) for e in EXECUTIONS]
+                found = [predict(name, machine, 256, training, e) for e in EXECUTIONS]
                 cells.append(" / ".join(f"{p.images_per_s:,.0f}" for p in found))
             mfu = " / ".join(f"{p.mfu:.0%}" for p in found)
-            lines.append([card, short, *cells, mfu])
+            lines.append([machine, short, *cells, mfu])
     return lines
 
 
