@@ -22,7 +22,7 @@ NO_PICTURES = (
     "trace.json draws them from what was recorded here."
 )
 
-HEAD = ("op", "time", "share", "calls", "launches", "TFLOP/s", "GB/s", "roofline")
+HEAD = ("op", "time", "share", "calls", "kernels", "TFLOP/s", "GB/s", "roofline")
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
