@@ -1,9 +1,16 @@
 """What only a GPU can show: streams, graphs, other devices, training in bfloat16."""
 
+import gc
+import time
+import weakref
+from functools import partial
+
 import pytest
 import torch
 
 import vitkern
+from benchmarks._measure import Timer
+from benchmarks._models import graphed
 from vitkern.kernels import QKNorm, add_layer_norm, attention, layer_norm, patch_embed
 
 pytestmark = pytest.mark.gpu
@@ -141,3 +148,26 @@ def test_trains_as_the_reference_does_in_bfloat16(autocast: bool) -> None:
     actual, expected = (torch.tensor(losses[impl]) for impl in ("auto", "reference"))
     assert expected[-1] < expected[0] / 2
     assert (actual - expected).abs().mean() < 0.05
+
+
+@torch.no_grad()
+def test_a_benchmarks_graph_keeps_what_it_reads() -> None:
+    module, x = torch.nn.Linear(64, 64, device="cuda"), torch.randn(4, 64, device="cuda")
+    expected, alive = module(x), weakref.ref(module)
+    replay = graphed(partial(module, x))
+    del module, x
+    gc.collect()
+    assert alive() is not None
+    assert_equal((replay(),), (expected,))
+
+
+def test_the_timer_leaves_the_host_out_of_an_ops_time() -> None:
+    x = torch.randn(1024, 1024, device="cuda")
+
+    def slow_to_launch() -> None:
+        time.sleep(0.002)
+        x.add_(1)
+
+    timer = Timer(torch.device("cuda"))
+    plain = timer(lambda: x.add_(1), seconds=0.05)
+    assert timer(slow_to_launch, seconds=0.05).median < 0.001 + plain.median
