@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vitkern
 from vitkern import roofline
-from vitkern.kernels._error_budget import error
+from vitkern.kernels._error_budget import error, rounding
 
 from ._contest import Contender, Contest, Ready, Unfit
 from ._measure import Call, Ceilings, parity
@@ -282,7 +282,7 @@ def gradient_parity(
         return (sum(error(grads[name], x) ** 2 for name, x in exact.items()) / len(exact)) ** 0.5
 
     own, near = together(made), together(eager)
-    allowed = max(2 * near, torch.finfo(next(iter(eager.values())).dtype).eps)
+    allowed = max(2 * near, rounding(next(iter(eager.values())).dtype))
     return {"ok": own <= allowed, "error": own, "budget": allowed, "eager_error": near}
 
 

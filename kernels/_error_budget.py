@@ -33,8 +33,12 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 def budget(eager: Tensor, exact: Tensor, factor: float = 2.0) -> float:
     """The error that is allowed where eager PyTorch returned `eager`."""
-    roundings = 2 if eager.dtype == torch.float32 else 1
-    return max(factor * error(eager, exact), roundings * torch.finfo(eager.dtype).eps / 2)
+    return max(factor * error(eager, exact), rounding(eager.dtype))
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The error that nobody can avoid in a result of this dtype."""
+    return (2 if dtype == torch.float32 else 1) * torch.finfo(dtype).eps / 2
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
