@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import vitkern
-from vitkern.config import PRESETS, ViTConfig
+from vitkern.config import ViTConfig
+from vitkern.presets import PRESETS
 
 
 def test_defaults_and_order_are_timms() -> None:
@@ -23,7 +24,9 @@ def test_defaults_and_order_are_timms() -> None:
     ours = inspect.signature(ViTConfig).parameters
     expected = [name for name in theirs if name not in ("device", "dtype")]
     assert names[: len(expected)] == expected
-    own = ["mean", "std", "residual_dtype", "drop_path_mode", "save", "impl"]
+    own = ["dim_head", "patch_norm", "representation_size", "distilled"]
+    own += ["rel_pos", "rel_pos_dim", "shared_rel_pos", "pos_resample"]
+    own += ["mean", "std", "residual_dtype", "drop_path_mode", "save", "impl"]
     assert names[len(expected) :] == own
     for name in expected:
         if not name.endswith(("_layer", "_fn")):  # classes of timm's own; None here
@@ -96,8 +99,16 @@ def test_timms_classes_are_understood() -> None:
         ({"mlp_layer": layers.SwiGLU}, "swiglu"),
         ({"mlp_layer": layers.SwiGLUPacked}, "swiglu_packed"),
         ({"embed_layer": layers.PatchEmbed}, None),
-        ({"block_fn": transformer.Block}, None),
-        ({"attn_layer": layers.Attention}, None),
+        ({"embed_norm_layer": layers.LayerNorm}, ("layernorm", 1e-6)),
+        ({"block_fn": transformer.Block}, "pre_norm"),
+        ({"block_fn": transformer.ResPostBlock}, "res_post_norm"),
+        ({"block_fn": partial(transformer.ParallelThingsBlock, num_parallel=2)}, "parallel_things"),
+        (
+            {"block_fn": partial(transformer.ParallelThingsBlock, num_parallel=3)},
+            ("parallel_things", (("num_parallel", 3),)),
+        ),
+        ({"attn_layer": layers.Attention}, "attn"),
+        ({"attn_layer": layers.DiffAttention}, "diff"),
     ):
         (name,) = given
         assert getattr(ViTConfig(**given), name) == expected
@@ -106,7 +117,7 @@ def test_timms_classes_are_understood() -> None:
         {"mlp_layer": partial(layers.SwiGLU, align_to=8)},
         {"norm_layer": partial(layers.LayerNorm, affine=False)},
         {"norm_layer": layers.LayerNorm2d},
-        {"block_fn": transformer.ResPostBlock},
+        {"block_fn": partial(transformer.ParallelThingsBlock, num_heads=3)},
         {"attn_layer": layers.AttentionRope},
         {"embed_layer": layers.PatchEmbedWithSize},
     ):
@@ -123,12 +134,12 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_classes": -1}, ValueError, "num_classes must be at least 0"),
     ({"img_size": None}, TypeError, "img_size must be an integer, got None"),
     ({"img_size": (224, 224, 3)}, ValueError, r"img_size must be one integer or \(height, width\)"),
-    ({"img_size": 8}, ValueError, r"img_size \(8, 8\) is smaller than patch_size \(16, 16\)"),
+    ({"img_size": 8}, ValueError, r"img_size \(8, 8\) is smaller than one patch"),
     ({"img_size": 30, "dynamic_img_pad": True}, ValueError, "img_size must be a multiple"),
     ({"class_token": "no"}, TypeError, "class_token must be True or False, got 'no'"),
     ({"fc_norm": 2}, TypeError, "fc_norm must be True or False, got 2"),
     ({"class_token": False}, ValueError, "global_pool='token' needs class_token"),
-    ({"global_pool": "prr"}, ValueError, "global_pool must be one of 'token'.*got 'prr'"),
+    ({"global_pool": "mean"}, ValueError, "global_pool must be one of 'token'.*got 'mean'"),
     ({"global_pool": None}, ValueError, "global_pool must be one of"),
     ({"pos_embed": "rope"}, ValueError, "pos_embed must be one of 'learn', 'none', got 'rope'"),
     ({"weight_init": "xavier"}, ValueError, "weight_init must be one of"),
@@ -142,10 +153,21 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "mlp_ratio must give an even hidden width",
     ),
     ({"init_values": "small"}, TypeError, "init_values must be a number"),
-    ({"scale_attn_norm": True}, ValueError, "scale_attn_norm is not supported, got True"),
-    ({"scale_mlp_norm": True}, ValueError, "scale_mlp_norm is not supported"),
-    ({"patch_drop_rate": 0.5}, ValueError, "patch_drop_rate is not supported, got 0.5"),
-    ({"embed_norm_layer": nn.LayerNorm}, ValueError, "embed_norm_layer is not supported"),
+    (
+        {"scale_attn_norm": True, "block_fn": "parallel_scaling"},
+        ValueError,
+        "scale_attn_norm and scale_mlp_norm are not built in parallel_scaling",
+    ),
+    ({"embed_norm_layer": nn.BatchNorm1d}, ValueError, "embed_norm_layer=.*BatchNorm1d"),
+    ({"embed_layer": "resnet"}, ValueError, "embed_layer='resnet'.*expected None, timm.PatchEmbed"),
+    ({"embed_layer": ("conv_stem", (2, 2))}, ValueError, "embed_layer=.*strides of three layers"),
+    ({"attn_layer": "diff", "num_heads": 256}, ValueError, "needs an even head width"),
+    ({"dim_head": 0}, ValueError, "dim_head must be at least 1, got 0"),
+    ({"rel_pos": "table"}, ValueError, "rel_pos must be one of 'bias', 'mlp', None"),
+    ({"rel_pos": "bias", "reg_tokens": 1}, ValueError, "rel_pos='bias' needs every patch"),
+    ({"shared_rel_pos": True}, ValueError, "shared_rel_pos=True needs rel_pos"),
+    ({"distilled": True, "global_pool": "avg"}, ValueError, "distilled=True needs class_token"),
+    ({"pos_resample": "scipy"}, ValueError, "pos_resample must be one of 'timm'"),
     ({"norm_layer": nn.BatchNorm1d}, ValueError, "norm_layer=.*BatchNorm1d.*expected 'layernorm'"),
     ({"norm_layer": nn.RMSNorm}, ValueError, "norm_layer=.*RMSNorm"),
     ({"norm_layer": _Unknown}, ValueError, "norm_layer="),
@@ -156,8 +178,13 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"act_layer": functools.partial(nn.ReLU, inplace=True)}, ValueError, "act_layer="),
     ({"act_layer": nn.functional.gelu}, ValueError, "act_layer="),
     ({"mlp_layer": nn.Linear}, ValueError, "mlp_layer=.*expected 'mlp'"),
-    ({"block_fn": _Unknown}, ValueError, "block_fn=.*expected None or timm.Block"),
-    ({"attn_layer": "diff"}, ValueError, "attn_layer='diff'"),
+    ({"block_fn": _Unknown}, ValueError, "block_fn=.*expected one of 'pre_norm'"),
+    (
+        {"block_fn": ("parallel_things", {"num_parallel": 0})},
+        ValueError,
+        "block_fn option num_parallel must be like 2, got 0",
+    ),
+    ({"attn_layer": "differential"}, ValueError, "attn_layer='differential'.*'attn', 'diff'"),
     ({"mean": (0.5, 0.5)}, ValueError, "mean must be a number or in_chans=3 of them"),
     ({"std": 0.0}, ValueError, "std must be positive"),
     ({"residual_dtype": "float32"}, TypeError, "residual_dtype must be a torch.dtype"),

@@ -3,12 +3,13 @@
 from vitkern import roofline
 from vitkern._version import __version__
 from vitkern.capture import CapturedModel, capture
-from vitkern.config import PRESETS, ViTConfig
+from vitkern.config import ViTConfig
 from vitkern.eager import EagerViT
 from vitkern.explain import Explanation, explain
 from vitkern.fold import fold
 from vitkern.maps import attention_rollout, plot_attention, token_map
 from vitkern.model import ViT, create_model
+from vitkern.presets import PRESETS
 from vitkern.profile import profile
 from vitkern.selfcheck import selfcheck
 

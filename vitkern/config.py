@@ -1,59 +1,25 @@
-"""ViTConfig: every argument of a ViT, checked and made plain; PRESETS: models by timm's names.
+"""ViTConfig: every argument of a ViT, checked and made plain.
 
 A config holds numbers, strings, booleans and tuples only, whatever it was given (classes, say), so
-it can be compared, hashed, pickled and printed. It is checked once, here: the model trusts it.
+it can be compared, hashed, pickled and printed. It is checked once, here: the model trusts it. How
+one argument is read: `arguments.py`; the models that have a name: `presets.py`.
 """
 
-import difflib
 import functools
-import operator
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from vitkern.kernels import REGISTRY
+from vitkern import arguments as read
+from vitkern.presets import PRESETS
 
-POOLS = ("token", "avg", "avgmax", "max", "map", "")
+POOLS = ("token", "avg", "avgmax", "max", "map", "prr", "")
 SAVES = ("balanced", "minimal")
 WEIGHT_INITS = ("", "skip", "reset", "jax", "jax_nlhb", "moco")
-OPS = tuple(op.name for op in REGISTRY.values() if op.backward_of is None)
-
-# What a class is called here, by its home and name: timm need not be installed to be understood.
-NORMS: dict[str, tuple[str, float | None]] = {
-    "layernorm": ("layernorm", 1e-6),
-    "rmsnorm": ("rmsnorm", 1e-6),
-    "timm.LayerNorm": ("layernorm", 1e-6),
-    "timm.RmsNorm": ("rmsnorm", 1e-6),
-    "vitkern.LayerNorm": ("layernorm", 1e-6),
-    "vitkern.RmsNorm": ("rmsnorm", 1e-6),
-    "torch.LayerNorm": ("layernorm", 1e-5),
-    "torch.RMSNorm": ("rmsnorm", None),  # its default eps depends on the dtype: it must be given
-}
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-    "torch.GELU": "gelu",
-    "torch.ReLU": "relu",
-    "torch.SiLU": "silu",
-    "timm.GELU": "gelu",
-    "timm.GELUTanh": "gelu_tanh",
-    "timm.QuickGELU": "quick_gelu",
-    "vitkern.QuickGELU": "quick_gelu",
-}
-MLPS = {
-    "mlp": "mlp",
-    "swiglu": "swiglu",
-    "swiglu_packed": "swiglu_packed",
-    "timm.Mlp": "mlp",
-    "timm.SwiGLU": "swiglu",
-    "timm.GluMlp": "swiglu_packed",  # with gate_last=False, which is timm's SwiGLUPacked
-}
+RESAMPLINGS = ("timm", "torchvision", "huggingface", "dinov2", "google")
 
 
 @dataclass(frozen=True)
@@ -65,14 +31,15 @@ class ViTConfig:
         patch_size: patch height and width in pixels, or one number for both.
         in_chans: image channels.
         num_classes: width of the classifier; 0 for none.
-        global_pool: "token", "avg", "avgmax", "max", "map" (attention pooling) or "" (all tokens).
+        global_pool: "token", "avg", "avgmax", "max", "map" (attention pooling), "prr" (attention
+            without weights, then the first token) or "" (all tokens).
         embed_dim: width D of a token, a multiple of `num_heads`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over `embed_dim`.
         qkv_bias: bias in the query, key and value projection.
         qk_norm: normalise queries and keys over the head dimension.
-        scale_attn_norm, scale_mlp_norm: not supported, False.
+        scale_attn_norm, scale_mlp_norm: normalise what the last linear layer of a branch reads.
         proj_bias: bias in the attention's output projection and in the MLP.
         init_values: start of LayerScale; None or 0 for no LayerScale.
         class_token: prepend a class token.
@@ -87,16 +54,33 @@ class ViTConfig:
         dynamic_img_pad: pad such images at the bottom and right to whole patches.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after
             the positions, after projections and the MLP's layers, and on attention weights.
-        patch_drop_rate: not supported, 0.
+        patch_drop_rate: share of the patches that training leaves out, chosen for each image.
         drop_path_rate: stochastic depth of the last block; earlier ones follow linearly from 0.
         weight_init: "", "skip", "reset", "jax", "jax_nlhb" or "moco".
         fix_init: scale the residual projections' start by depth.
-        embed_layer, embed_norm_layer, block_fn, attn_layer: timm's defaults only, or None.
+        embed_layer: None; or what stands before the projection, which then cuts patches from its
+            feature map: ("resnetv2", blocks of each stage), () for its stem alone;
+            ("conv_stem", strides of three layers), without projection; ("timm", (name, stage)).
+        embed_norm_layer: norm behind the patch projection, given as `norm_layer` is; None for none.
         norm_layer: "layernorm" (eps 1e-6), "rmsnorm", a (name, eps) pair, or torch's or timm's
             class, plain or in a partial with `eps`.
         act_layer: "gelu", "gelu_tanh", "quick_gelu", "relu", "silu", or torch's or timm's class.
+        block_fn: "pre_norm", "res_post_norm", "parallel_things", "parallel_scaling" or
+            "diff_parallel_scaling", or timm's class, with its options in a partial or a pair.
         mlp_layer: "mlp", "swiglu", "swiglu_packed", or timm's class. As in timm, the gate of a
             SwiGLU is `act_layer`, so GELU where none is given.
+        attn_layer: "attn" or "diff" (differential), or timm's class.
+        dim_head: width of an attention head; None for embed_dim / num_heads.
+        patch_norm: normalise the pixels of a patch before the projection, as vit-pytorch does, by
+            the kind of norm and with the eps of `embed_norm_layer`, else of `norm_layer`.
+        representation_size: width of a layer with tanh before the head; 0 for none.
+        distilled: a second class token with a head of its own, as in DeiT.
+        rel_pos: positions relative within attention: "bias" (a table), "mlp" (a small network on
+            logarithmic distances) or None.
+        rel_pos_dim: hidden width of that network; None for timm's choice.
+        shared_rel_pos: one such table or network for all blocks.
+        pos_resample: whose way of fitting positions to another grid: "timm", "torchvision",
+            "huggingface", "dinov2" or "google" (see `weights.resample_pos_embed`).
         mean, std: normalisation of uint8 images, (pixel / 255 - mean) / std; each a number, or one
             for every channel.
         residual_dtype: dtype of the residual stream; None for what eager PyTorch would give it.
@@ -152,6 +136,14 @@ class ViTConfig:
     block_fn: Any = None
     mlp_layer: Any = None
     attn_layer: Any = None
+    dim_head: int | None = None
+    patch_norm: bool = False
+    representation_size: int = 0
+    distilled: bool = False
+    rel_pos: str | None = None
+    rel_pos_dim: int | None = None
+    shared_rel_pos: bool = False
+    pos_resample: str = "timm"
     mean: Any = 0.5
     std: Any = 0.5
     residual_dtype: torch.dtype | None = None
@@ -162,49 +154,51 @@ class ViTConfig:
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # the dataclass is frozen
         for name in ("img_size", "patch_size"):
-            put(name, _pair(name, getattr(self, name)))
+            put(name, read.pair(name, getattr(self, name)))
         for name in ("in_chans", "embed_dim", "depth", "num_heads"):
-            put(name, _integer(name, getattr(self, name), 1))
-        for name in ("num_classes", "reg_tokens"):
-            put(name, _integer(name, getattr(self, name), 0))
+            put(name, read.integer(name, getattr(self, name), 1))
+        for name in ("num_classes", "reg_tokens", "representation_size"):
+            put(name, read.integer(name, getattr(self, name), 0))
         for field in fields(self):
             if field.type is bool:
-                put(field.name, _flag(field.name, getattr(self, field.name)))
+                put(field.name, read.flag(field.name, getattr(self, field.name)))
             elif field.name.endswith("drop_rate") or field.name == "drop_path_rate":
-                put(field.name, _rate(field.name, getattr(self, field.name)))
+                put(field.name, read.rate(field.name, getattr(self, field.name)))
         if self.fc_norm is not None:
-            put("fc_norm", _flag("fc_norm", self.fc_norm))
+            put("fc_norm", read.flag("fc_norm", self.fc_norm))
         if self.init_values is not None:
-            put("init_values", _number("init_values", self.init_values))
-        put("mlp_ratio", _number("mlp_ratio", self.mlp_ratio))
+            put("init_values", read.number("init_values", self.init_values))
+        put("mlp_ratio", read.number("mlp_ratio", self.mlp_ratio))
         put("pos_embed", self.pos_embed or "none")
-        _one_of("pos_embed", self.pos_embed, ("learn", "none"))
-        _one_of("global_pool", self.global_pool, POOLS)
-        _one_of("weight_init", self.weight_init, WEIGHT_INITS)
-        _one_of("drop_path_mode", self.drop_path_mode, ("scale", "subset"))
+        read.one_of("pos_embed", self.pos_embed, ("learn", "none"))
+        read.one_of("global_pool", self.global_pool, POOLS)
+        read.one_of("weight_init", self.weight_init, WEIGHT_INITS)
+        read.one_of("drop_path_mode", self.drop_path_mode, ("scale", "subset"))
         if self.save is not None:
-            _one_of("save", self.save, SAVES)
-        for name, default in (
-            ("embed_layer", "timm.PatchEmbed"),
-            ("block_fn", "timm.Block"),
-            ("attn_layer", "timm.Attention"),
-        ):
-            _only_default(name, getattr(self, name), default)
-            put(name, None)
-        put("norm_layer", _norm(self.norm_layer))
-        put("act_layer", _activation(self.act_layer))
-        put("mlp_layer", _mlp(self.mlp_layer))
+            read.one_of("save", self.save, SAVES)
+        for name in ("dim_head", "rel_pos_dim"):
+            if getattr(self, name) is not None:
+                put(name, read.integer(name, getattr(self, name), 1))
+        read.one_of("pos_resample", self.pos_resample, RESAMPLINGS)
+        read.one_of("rel_pos", self.rel_pos, ("bias", "mlp", None))
+        put("embed_layer", read.backbone(self.embed_layer))
+        put("norm_layer", read.norm("norm_layer", self.norm_layer))
+        if self.embed_norm_layer is not None:
+            put("embed_norm_layer", read.norm("embed_norm_layer", self.embed_norm_layer))
+        block = self.block_fn or "pre_norm"
+        put("block_fn", read.choice("block_fn", block, read.BLOCKS, read.BLOCK_OPTIONS))
+        attn = self.attn_layer or "attn"
+        put("attn_layer", read.choice("attn_layer", attn, read.ATTENTIONS, read.ATTENTION_OPTIONS))
+        put("act_layer", read.activation(self.act_layer))
+        put("mlp_layer", read.mlp(self.mlp_layer))
         for name in ("mean", "std"):
-            put(name, _per_channel(name, getattr(self, name), self.in_chans))
-        put("impl", _impl(self.impl))
+            put(name, read.per_channel(name, getattr(self, name), self.in_chans))
+        put("impl", read.implementations(self.impl))
         self._check()
 
     def _check(self) -> None:
         """What one argument alone can't tell."""
-        for name in ("scale_attn_norm", "scale_mlp_norm", "patch_drop_rate", "embed_norm_layer"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported, got {getattr(self, name)!r}")
-        if self.embed_dim % self.num_heads:
+        if self.dim_head is None and self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim must be a multiple of num_heads, got embed_dim={self.embed_dim} "
                 f"and num_heads={self.num_heads}"
@@ -221,15 +215,14 @@ class ViTConfig:
             )
         if self.global_pool == "token" and not self.class_token:
             raise ValueError("global_pool='token' needs class_token=True; expected another pool")
+        self._check_blocks()
         if min(self.grid_size) < 1:
-            raise ValueError(
-                f"img_size {self.img_size} is smaller than patch_size {self.patch_size}"
-            )
-        whole = all(s % p == 0 for s, p in zip(self.img_size, self.patch_size, strict=True))
+            raise ValueError(f"img_size {self.img_size} is smaller than one patch, {self.stride}")
+        whole = all(s % p == 0 for s, p in zip(self.img_size, self.stride, strict=True))
         if self.dynamic_img_pad and not self.dynamic_img_size and not whole:
             raise ValueError(
                 f"img_size must be a multiple of patch_size with dynamic_img_pad alone, got "
-                f"{self.img_size} and {self.patch_size}; or set dynamic_img_size=True"
+                f"{self.img_size} and {self.stride}; or set dynamic_img_size=True"
             )
         if any(s <= 0 for s in (self.std if isinstance(self.std, tuple) else (self.std,))):
             raise ValueError(f"std must be positive, got {self.std}")
@@ -243,6 +236,38 @@ class ViTConfig:
         if not self.final_norm or (self.global_pool == "map" and self.fc_norm):
             # The norm behind the blocks is what casts back to the dtype of the layers after it.
             raise ValueError("residual_dtype needs a norm between the blocks and the pool or head")
+
+    def _check_blocks(self) -> None:
+        """Options that one kind of block or attention has and another has not."""
+        block, _ = self.block
+        scaled = self.scale_attn_norm or self.scale_mlp_norm
+        if scaled and block in ("parallel_scaling", "diff_parallel_scaling"):
+            raise ValueError(f"scale_attn_norm and scale_mlp_norm are not built in {block} blocks")
+        halves = self.attention[0] == "diff" or block == "diff_parallel_scaling"
+        if halves and (self.dim_head is not None or self.head_dim % 2):
+            raise ValueError(
+                f"differential attention needs an even head width, embed_dim / num_heads, got "
+                f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dim_head={self.dim_head}"
+            )
+        own = self.dim_head is not None and self.head_dim * self.num_heads != self.embed_dim
+        if own and block in ("parallel_scaling", "diff_parallel_scaling"):
+            raise ValueError(f"dim_head={self.dim_head} is not built in {block} blocks")
+        if self.rel_pos and (self.attention[0] == "diff" or "parallel" in block):
+            raise ValueError(
+                f"rel_pos={self.rel_pos!r} is not built with block_fn={block!r} and "
+                f"attn_layer={self.attention[0]!r}"
+            )
+        if self.rel_pos and (self.dynamic_img_size or self.patch_drop_rate or self.reg_tokens):
+            raise ValueError(
+                f"rel_pos={self.rel_pos!r} needs every patch of a known grid: no dynamic_img_size, "
+                f"patch_drop_rate or reg_tokens"
+            )
+        if self.shared_rel_pos and not self.rel_pos:
+            raise ValueError("shared_rel_pos=True needs rel_pos")
+        if self.distilled and (self.global_pool not in ("token", "") or not self.class_token):
+            raise ValueError("distilled=True needs class_token=True and global_pool='token'")
+        if self.patch_norm and self.embed_layer is not None:
+            raise ValueError("patch_norm=True is not built with an embed_layer")
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> "ViTConfig":
@@ -258,19 +283,40 @@ class ViTConfig:
             base, _, tag = name.partition(".")
             if tag and base in PRESETS:
                 raise ValueError(f"model {name!r} asks for weights ({tag!r}): {_NO_DOWNLOAD}")
-            raise ValueError(f"unknown model {name!r}{_similar(base, PRESETS)}")
+            raise ValueError(f"unknown model {name!r}{read.similar(base, PRESETS)}")
         check_arguments(overrides)
         return cls(**{**PRESETS[name], **overrides})
 
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches in a column and in a row of an image of `img_size`."""
-        return (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
+        return (self.img_size[0] // self.stride[0], self.img_size[1] // self.stride[1])
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Height and width of the image behind one token, in pixels."""
+        down = backbone_stride(self.embed_layer)
+        return (self.patch_size[0] * down, self.patch_size[1] * down)
+
+    @property
+    def block(self) -> tuple[str, dict[str, Any]]:
+        """Kind of the blocks, and all of its options."""
+        return _with_options(self.block_fn, read.BLOCK_OPTIONS)
+
+    @property
+    def attention(self) -> tuple[str, dict[str, Any]]:
+        """Kind of attention, and all of its options."""
+        return _with_options(self.attn_layer, read.ATTENTION_OPTIONS)
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.embed_dim // self.num_heads
+        return self.dim_head or self.embed_dim // self.num_heads
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of all heads together: what the attention's output projection reads."""
+        return self.head_dim * self.num_heads
 
     @property
     def hidden_dim(self) -> int:
@@ -279,8 +325,8 @@ class ViTConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class and register tokens before the patches."""
-        return int(self.class_token) + self.reg_tokens
+        """Class, distillation and register tokens before the patches."""
+        return int(self.class_token) + int(self.distilled) + self.reg_tokens
 
     @property
     def num_pos_prefix(self) -> int:
@@ -298,8 +344,25 @@ class ViTConfig:
     def implementations(self) -> dict[str, str]:
         """Op name -> implementation, for every op of the model."""
         if isinstance(self.impl, str):
-            return dict.fromkeys(OPS, self.impl)
-        return {**dict.fromkeys(OPS, "auto"), **dict(self.impl)}
+            return dict.fromkeys(read.OPS, self.impl)
+        return {**dict.fromkeys(read.OPS, "auto"), **dict(self.impl)}
+
+
+def backbone_stride(backbone: tuple[str, tuple[Any, ...]] | None) -> int:
+    """Pixels of the image behind one of a backbone's feature map, 1 without a backbone."""
+    if backbone is None:
+        return 1
+    kind, values = backbone
+    if kind == "conv_stem":
+        return math.prod(values)
+    if kind == "timm":
+        return 2 ** int(values[1]) * 2  # stage 0 is the stem
+    return 2 ** (len(values) + 1) if values else 2  # the stem, pooled before the first stage
+
+
+def _with_options(choice: Any, options: Any) -> tuple[str, dict[str, Any]]:
+    kind, changed = (choice, ()) if isinstance(choice, str) else choice
+    return kind, {**options.get(kind, {}), **dict(changed)}
 
 
 def check_arguments(arguments: Iterable[str]) -> None:
@@ -307,175 +370,10 @@ def check_arguments(arguments: Iterable[str]) -> None:
     known = [f.name for f in fields(ViTConfig)]
     for name in arguments:
         if name not in known:
-            raise TypeError(f"unknown argument {name!r}{_similar(name, known)}")
-
-
-def _similar(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
-    if close:
-        return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; expected one of {', '.join(known)}"
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
-
-
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2:
-            raise ValueError(f"{name} must be one integer or (height, width), got {value!r}")
-        return (_integer(name, value[0], 1), _integer(name, value[1], 1))
-    return (_integer(name, value, 1),) * 2
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def _rate(name: str, value: Any) -> float:
-    rate = _number(name, value)
-    if not 0 <= rate < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-    return rate
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, int) or value not in (0, 1):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
-
-
-def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    if value not in tuple(known):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-
-
-def _per_channel(name: str, value: Any, channels: int) -> float | tuple[float, ...]:
-    if isinstance(value, (tuple, list)):
-        if len(value) != channels:
-            raise ValueError(
-                f"{name} must be a number or in_chans={channels} of them, got {value!r}"
-            )
-        return tuple(_number(name, v) for v in value)
-    return _number(name, value)
-
-
-def _unwrap(layer: Any) -> tuple[str | None, dict[str, Any]]:
-    """("timm.RmsNorm", keywords of the partial) for a class, (text, {}) for a string; else None."""
-    keywords: dict[str, Any] = {}
-    if isinstance(layer, functools.partial) and not layer.args:
-        layer, keywords = layer.func, dict(layer.keywords)
-    if isinstance(layer, str):
-        return layer.lower(), keywords
-    if isinstance(layer, type):
-        return f"{layer.__module__.partition('.')[0]}.{layer.__name__}", keywords
-    return None, keywords
-
-
-def _refuse(name: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f"{name}={value!r} is not supported; expected {expected}")
-
-
-def _norm(layer: Any) -> tuple[str, float]:
-    expected = "'layernorm', 'rmsnorm', (name, eps), or torch's or timm's class with eps at most"
-    if isinstance(layer, (tuple, list)) and len(layer) == 2 and layer[0] in NORMS:
-        return (NORMS[layer[0]][0], _number("norm_layer eps", layer[1]))
-    kind, options = _unwrap(layer or "layernorm")
-    if kind is not None and "." not in kind:
-        kind = kind.replace("_", "")
-    for flag in ("affine", "elementwise_affine", "bias"):  # True is what every norm here does
-        if options.get(flag) is True:
-            del options[flag]
-    eps = options.pop("eps", NORMS[kind][1] if kind in NORMS else None)
-    if kind not in NORMS or options or eps is None:
-        raise _refuse("norm_layer", layer, expected)
-    return (NORMS[kind][0], _number("norm_layer eps", eps))
-
-
-def _activation(layer: Any) -> str:
-    kind, options = _unwrap(layer or "gelu")
-    if kind == "torch.GELU" and options.get("approximate") in ("none", "tanh"):
-        kind = "gelu_tanh" if options.pop("approximate") == "tanh" else "gelu"
-    if kind not in ACTIVATIONS or options:
-        expected = "'gelu', 'gelu_tanh', 'quick_gelu', 'relu', 'silu', or torch's or timm's class"
-        raise _refuse("act_layer", layer, expected + " without options")
-    return ACTIVATIONS[kind]
-
-
-def _mlp(layer: Any) -> str:
-    kind, options = _unwrap(layer or "mlp")
-    options.pop("act_layer", None)  # act_layer of the model overrides it, in timm too
-    fits = {"gate_last": False} if kind == "timm.GluMlp" else {}
-    if kind not in MLPS or options != fits:
-        expected = "'mlp', 'swiglu', 'swiglu_packed', or timm's Mlp, SwiGLU or SwiGLUPacked"
-        raise _refuse("mlp_layer", layer, expected)
-    return MLPS[kind]
-
-
-def _only_default(name: str, layer: Any, default: str) -> None:
-    standard = ("", "attn") if name == "attn_layer" else ()
-    if not (layer is None or layer in standard or _unwrap(layer) == (default, {})):
-        raise _refuse(name, layer, f"None or {default}")
-
-
-def _impl(impl: Any) -> str | tuple[tuple[str, str], ...]:
-    if isinstance(impl, str):
-        asked = dict.fromkeys(OPS, impl)
-    elif isinstance(impl, (Mapping, tuple)):
-        asked = dict(impl)
-    else:
-        raise TypeError(f"impl must be a string or a mapping from op to string, got {impl!r}")
-    for op, name in asked.items():
-        if op not in OPS:
-            raise ValueError(f"impl names the op {op!r}; expected one of {', '.join(OPS)}")
-        known = ("auto", *REGISTRY[op].implementations)
-        if name not in known:
-            raise ValueError(f"impl={name!r} for {op}; expected one of {', '.join(known)}")
-    return impl if isinstance(impl, str) else tuple(sorted(asked.items()))
+            raise TypeError(f"unknown argument {name!r}{read.similar(name, known)}")
 
 
 _NO_DOWNLOAD = (
     "vitkern downloads nothing. Create the model by its name and load the weights with "
     "model.load_state_dict(...), which takes timm's state dicts as they are"
 )
-
-_SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
-    "giant": {"embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11},
-    "gigantic": {"embed_dim": 1664, "depth": 48, "num_heads": 16, "mlp_ratio": 64 / 13},
-}
-_VARIANTS = """
-tiny_patch16_224 tiny_patch16_384
-small_patch8_224 small_patch16_224 small_patch16_384 small_patch32_224 small_patch32_384
-base_patch8_224 base_patch16_224 base_patch16_384 base_patch32_224 base_patch32_384
-large_patch14_224 large_patch16_224 large_patch16_384 large_patch32_224 large_patch32_384
-huge_patch14_224 giant_patch14_224 gigantic_patch14_224
-"""
-# timm's default weights of these were trained without a classifier that it kept.
-_HEADLESS = ("small_patch8_224", "large_patch32_224", "huge_patch14_224")
-
-
-def _preset(variant: str) -> dict[str, Any]:
-    size, patch, image = variant.split("_")
-    headless = {"num_classes": 0} if variant in _HEADLESS else {}
-    patch_size = int(patch.removeprefix("patch"))
-    return {"img_size": int(image), "patch_size": patch_size, **_SIZES[size], **headless}
-
-
-PRESETS: dict[str, dict[str, Any]] = {f"vit_{v}": _preset(v) for v in _VARIANTS.split()}
