@@ -357,7 +357,7 @@ def backbone_stride(backbone: tuple[str, tuple[Any, ...]] | None) -> int:
         return math.prod(values)
     if kind == "timm":
         return 2 ** int(values[1]) * 2  # stage 0 is the stem
-    return 2 ** (len(values) + 1) if values else 2  # the stem, pooled before the first stage
+    return 2 ** (max(len(values), 1) + 1)  # stem and its pool: 4; every stage but the first: 2
 
 
 def _with_options(choice: Any, options: Any) -> tuple[str, dict[str, Any]]:
