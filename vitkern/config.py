@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vitkern import arguments as read
-from vitkern.presets import PRESETS
+from vitkern.presets import PRESETS, REFUSED, preset
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "prr", "")
 SAVES = ("balanced", "minimal")
@@ -274,18 +274,21 @@ class ViTConfig:
         """The preset of timm's model `name`, with any argument replaced.
 
         Raises:
-            ValueError: unknown name (the text offers close ones, or all), or a pretrained tag.
+            ValueError: unknown name (the text offers close ones, or all), one of `presets.REFUSED`,
+                or a pretrained tag.
             TypeError: unknown argument.
         """
         if overrides.pop("pretrained", False):
             raise ValueError(f"pretrained=True: {_NO_DOWNLOAD}")
         if name not in PRESETS:
             base, _, tag = name.partition(".")
+            if base in REFUSED:
+                raise ValueError(f"model {name!r} is not built: {REFUSED[base]}")
             if tag and base in PRESETS:
                 raise ValueError(f"model {name!r} asks for weights ({tag!r}): {_NO_DOWNLOAD}")
             raise ValueError(f"unknown model {name!r}{read.similar(base, PRESETS)}")
         check_arguments(overrides)
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**preset(name, **overrides))
 
     @property
     def grid_size(self) -> tuple[int, int]:
