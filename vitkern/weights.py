@@ -56,18 +56,48 @@ def _init_linear(layer: nn.Linear, name: str, mode: str, head_bias: float) -> No
             nn.init.normal_(bias, std=1e-6)
 
 
-def resample_pos_embed(
-    pos_embed: Tensor, new_grid: tuple[int, int], old_grid: tuple[int, int], prefix_tokens: int
-) -> Tensor:
-    """Position embeddings [1, T + N, D] for another grid: bicubic with antialias, the T kept.
+# How each house resizes the grid of positions: arguments of F.interpolate, in float32.
+_RESIZE: dict[str, dict[str, Any]] = {
+    # timm's resample_abs_pos_embed; also DINOv2 with registers, Meta's and Hugging Face's. timm
+    # reads Google's files by another way of its own: bilinear, align_corners=False.
+    "timm": {"mode": "bicubic", "antialias": True},
+    # torchvision's interpolate_embeddings
+    "torchvision": {"mode": "bicubic", "align_corners": True},
+    # interpolate_pos_encoding of Hugging Face's ViT, DeiT and Dinov2
+    "huggingface": {"mode": "bicubic"},
+    # Meta's DINO and DINOv2 without registers: by the factor (new + 0.1) / old, see below
+    "dinov2": {"mode": "bicubic"},
+    # scipy.ndimage.zoom of order 1, in google-research/vision_transformer and big_vision
+    "google": {"mode": "bilinear", "align_corners": True},
+}
 
-    As timm does it (`resample_abs_pos_embed`); computed in float32.
+
+def resample_pos_embed(
+    pos_embed: Tensor,
+    new_grid: tuple[int, int],
+    old_grid: tuple[int, int],
+    prefix_tokens: int,
+    mode: str = "timm",
+) -> Tensor:
+    """Position embeddings [1, T + N, D] for another grid, the first T kept; computed in float32.
+
+    mode: whose way, one of `config.RESAMPLINGS`. A checkpoint gives its authors' numbers at another
+    resolution only if resized as they did it.
+
+    Raises:
+        ValueError: an unknown mode.
     """
+    if mode not in _RESIZE:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, _RESIZE))}, got {mode!r}")
     if tuple(new_grid) == tuple(old_grid):
         return pos_embed
     kept, grid = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
     grid = grid.float().unflatten(1, old_grid).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", antialias=True)
+    size: dict[str, Any] = {"size": tuple(new_grid)}
+    if mode == "dinov2":  # the factor itself places the samples, so 0.1 shifts them a little
+        factors = tuple((new + 0.1) / old for new, old in zip(new_grid, old_grid, strict=True))
+        size = {"scale_factor": factors}
+    grid = F.interpolate(grid, **size, **_RESIZE[mode])
     return torch.cat([kept, grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], 1)
 
 
@@ -77,11 +107,12 @@ def fit_pos_embed(
     grid: tuple[int, int],
     old_grid: tuple[int, int] | None,
     prefix_tokens: int,
+    mode: str = "timm",
 ) -> Tensor:
     """Positions `given` [1, T + M, D] of a state dict, resampled for `grid`.
 
     Their own grid is `old_grid` where the state dict says it; else `grid` if they are as many, else
-    a square.
+    a square. mode: as for `resample_pos_embed`.
 
     Raises:
         ValueError: they fit no such grid; the text names `key`.
@@ -96,4 +127,54 @@ def fit_pos_embed(
             f"{[1, prefix_tokens + math.prod(grid), given.shape[2]]}: without {prefix_tokens} "
             f"prefix tokens its {patches} positions are no grid to resample from"
         )
-    return resample_pos_embed(given, grid, old_grid, prefix_tokens)
+    return resample_pos_embed(given, grid, old_grid, prefix_tokens, mode)
+
+
+def resample_patch_embed(weight: Tensor, new_size: tuple[int, int]) -> Tensor:
+    """A patch projection [D, C, P, Q] for patches of another size, [D, C, P', Q'].
+
+    With R [P'Q', PQ] the matrix that resizes a patch (bicubic, antialias), the new weight is
+    w' = w pinv(R): of all weights the one for which <w', R x> comes closest to <w, x> over random
+    patches x, and equals it where patches grow. Computed in float32.
+
+    Source: Beyer et al., "FlexiViT: One Model for All Patch Sizes", 2023; the numbers are timm's.
+
+    Raises:
+        ValueError: a weight that isn't of four dimensions.
+    """
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [D, C, P, Q], got {list(weight.shape)}")
+    old_size = weight.shape[2:]
+    if tuple(new_size) == tuple(old_size):
+        return weight
+    pixels = old_size.numel()
+    unit = torch.eye(pixels, device=weight.device).view(pixels, 1, *old_size)
+    resize = F.interpolate(unit, size=tuple(new_size), mode="bicubic", antialias=True)
+    resized = weight.flatten(2).float() @ torch.linalg.pinv(resize.flatten(1).T)
+    return resized.unflatten(2, tuple(new_size)).to(weight.dtype)
+
+
+def adapt_input_conv(weight: Tensor, in_chans: int) -> Tensor:
+    """The first convolution [D, 3, P, Q] of a network of RGB images, for `in_chans` channels.
+
+    As timm does it: one channel gets the sum of the three, so that a grey image in it gives what it
+    gave in all of them; more repeat R, G, B, scaled by 3 / in_chans.
+
+    Raises:
+        ValueError: a weight of another shape, or no channels.
+    """
+    if weight.dim() != 4 or in_chans < 1:
+        raise ValueError(
+            f"expected weight [D, C, P, Q] and in_chans of at least 1, got {list(weight.shape)} "
+            f"and {in_chans}"
+        )
+    channels = weight.shape[1]
+    if in_chans == channels:
+        return weight
+    if channels != 3:
+        raise ValueError(f"weight must have 3 input channels to be adapted, got {channels}")
+    wide = weight.float()
+    if in_chans == 1:
+        return wide.sum(1, keepdim=True).to(weight.dtype)
+    wide = wide.repeat(1, -(-in_chans // 3), 1, 1)[:, :in_chans]
+    return (wide * (3 / in_chans)).to(weight.dtype)
