@@ -81,14 +81,15 @@ def export(
 def portable(model: ViT) -> ViT:
     """A copy on the CPU, in evaluation mode, in which every op picks its implementation anew."""
     plain = copy.deepcopy(model).cpu().eval()
+    module: Any
     for module in plain.modules():
-        impl: Any = getattr(module, "impl", None)
+        impl = getattr(module, "impl", None)
         if isinstance(impl, str):
             module.impl = "auto"
         elif isinstance(impl, dict):
-            module.impl = dict.fromkeys(impl, "auto")  # type: ignore[assignment]
+            module.impl = dict.fromkeys(impl, "auto")
         if isinstance(getattr(module, "asked", None), str):
-            module.asked = ""  # type: ignore[assignment]
+            module.asked = ""
     return plain
 
 

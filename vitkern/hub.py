@@ -41,7 +41,7 @@ class Pretrained:
         name: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+        cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
         **overrides: Any,
