@@ -52,6 +52,12 @@ TRANSPOSED = View(
     lambda ours, count, config: [ours.t()],
 )
 
+# Without our leading dimension of 1.
+BATCHED = View(
+    lambda theirs, fields: theirs[0].unsqueeze(0),
+    lambda ours, count, config: [ours.squeeze(0)],
+)
+
 
 def reshaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> View:
     """The same numbers in the same order; shapes with one -1 each."""
@@ -172,6 +178,17 @@ class Format:
         is found by `_infer.py`, for all formats alike, and needn't be told here.
         """
         return {}
+
+    def defaults(self, state: State, config: Mapping[str, Any]) -> Fields:
+        """Config fields that nothing here tells, as this library's defaults have them.
+
+        They yield to `fields`, `described` and to what a user says, and are reported as assumed.
+        """
+        return {}
+
+    def translated(self, state: State, fields: Fields) -> tuple[State, State]:
+        """(tensors under our names, tensors that no rule took); as `to_ours`."""
+        return to_ours(state, self.rules, fields)
 
     def finished(self, state: State, fields: Fields) -> State:
         """The tensors under our names, after the rules, with what no rule can say."""
