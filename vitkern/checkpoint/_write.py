@@ -1,0 +1,78 @@
+"""Tensors -> a file or a folder."""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkern.checkpoint._config_file import to_json
+from vitkern.checkpoint._rules import Format, State
+from vitkern.config import ViTConfig
+
+_TORCH = (".pt", ".pth", ".bin")
+
+
+def write(model: Any, path: Path, format: Format) -> Path:
+    """The model's weights in a format that has this network, into the container of this suffix.
+
+    Raises:
+        ValueError: an unknown suffix.
+        ModuleNotFoundError: safetensors or numpy is missing; the text says how to get it.
+    """
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    tensors = {
+        key: value.contiguous() for key, value in format.written(state, model.config).items()
+    }
+    if path.suffix and not path.is_dir():
+        _file(tensors, path, model.config, ours=format.name == "timm")
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    config = format.config_file(model.config)
+    if config is not None:
+        text = json.dumps(config, indent=2) + "\n"
+        (path / "config.json").write_text(text, encoding="utf-8")
+    _file(tensors, path / "model.safetensors", model.config, ours=format.name == "timm")
+    return path
+
+
+def _file(tensors: State, path: Path, config: ViTConfig, ours: bool) -> None:
+    """One file. `ours`: with the config in a place where no other library looks."""
+    own = to_json(config)["vitkern"] if ours else None
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import save_file
+        except ModuleNotFoundError as error:
+            raise _missing(path, error) from None
+        metadata = {"format": "pt", **({"vitkern": json.dumps(own)} if ours else {})}
+        save_file(tensors, str(path), metadata)
+    elif path.suffix in _TORCH:
+        state: Any = OrderedDict(tensors)
+        if ours:
+            state._metadata = OrderedDict({"": {"version": 1, "vitkern": own}})
+        torch.save(state, path)
+    elif path.suffix == ".npz":
+        try:
+            import numpy as np
+        except ModuleNotFoundError as error:
+            raise _missing(path, error) from None
+        arrays: dict[str, Any] = {key: _array(value) for key, value in tensors.items()}
+        with path.open("wb") as file:  # given a name, NumPy would change it
+            np.savez(file, **arrays)
+    else:
+        known = ", ".join((".safetensors", *_TORCH, ".npz"))
+        raise ValueError(f"path must end in one of {known}, or be a folder, got {str(path)!r}")
+
+
+def _array(value: Tensor) -> Any:
+    """As NumPy has it; bfloat16, which it hasn't, as two bytes."""
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.int16).numpy().view("V2")
+    return value.numpy()
+
+
+def _missing(path: Path, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    text = f"{path} needs {error.name}: pip install 'vitkern[checkpoints]'"
+    return ModuleNotFoundError(text, name=error.name)
