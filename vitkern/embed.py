@@ -133,8 +133,8 @@ class PatchEmbed(nn.Module):
             tokens = self._fused(images, None, None, flip, None)
         else:
             tokens = self.proj(self._padded(self.pixels(images, flip))).flatten(2).transpose(1, 2)
-        tokens = self.norm(tokens)
-        return assemble(tokens, pos_embed, prefix).to(stream or tokens.dtype)
+        tokens = assemble(self.norm(tokens), pos_embed, prefix)
+        return tokens if stream is None else tokens.to(stream)
 
     def _fused(
         self,
@@ -228,9 +228,6 @@ class HybridEmbed(PatchEmbed):
         if isinstance(features, (list, tuple)):  # one feature map for each stage asked for
             features = features[-1]
         return super().forward(features, pos_embed, prefix)
-
-
-EMBEDS: tuple[type[PatchEmbed], ...] = (PatchEmbed, HybridEmbed)
 
 
 def make_patch_embed(config: ViTConfig, **dd: Any) -> PatchEmbed:
