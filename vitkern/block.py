@@ -1,10 +1,12 @@
-"""The transformer block, its two halves, and the pooling head that is made of the same parts.
+"""The transformer block and its two halves.
 
     x = x + attn(norm1(x)),  x = x + mlp(norm2(x)),  each branch scaled, dropped at random
 
-How steps come together in ops, and what happens where a module isn't `plain`: see `model.py`.
+The branches: `branches.py`. Other kinds of blocks: `block_variants.py`. How steps come together in
+ops, and what happens where a module isn't `plain`: see `model.py`.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,132 +14,46 @@ from torch import Tensor, nn
 
 from vitkern import fused
 from vitkern import kernels as ops
+from vitkern.branches import (
+    BIASED,
+    DiffAttention,
+    changed,
+    linear_of,
+    make_attention,
+    make_mlp,
+    norm_of,
+)
+from vitkern.branches import Attention as Attention
+from vitkern.branches import AttentionPool as AttentionPool
+from vitkern.branches import Mlp as Mlp
 from vitkern.config import ViTConfig
 from vitkern.fused import Stream
-from vitkern.kernels._op import accumulate_dtype, note, product_dtype
-from vitkern.kernels.attention.reference import Options, heads, probabilities
+from vitkern.kernels._op import note, product_dtype
 from vitkern.layers import (
-    ACTIVATIONS,
     NORMS,
     DropPath,
     LayerScale,
     activation_name,
     branch_scales,
-    idle,
+    kept,
     make_drop_path,
     make_norm,
     plain,
-    plain_linear,
 )
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
+def make_block(config: ViTConfig, index: int, drop_path: float, **dd: Any) -> nn.Module:
+    """Block `index` of the kind that the config names.
 
-    def __init__(self, config: ViTConfig, **dd: Any) -> None:
-        super().__init__()
-        dim, self.num_heads, self.head_dim = config.embed_dim, config.num_heads, config.head_dim
-        self.impl = config.implementations["attention"]
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias, **dd)
-        self.q_norm, self.k_norm = (
-            make_norm(config, self.head_dim, **dd) if config.qk_norm else nn.Identity()
-            for _ in range(2)
-        )
-        self.attn_drop = nn.Dropout(config.attn_drop_rate)
-        self.proj = nn.Linear(dim, dim, bias=config.proj_bias, **dd)
-        self.proj_drop = nn.Dropout(config.proj_drop_rate)
-
-    def packed_norm(self) -> ops.QKNorm | None:
-        """The norms of queries and keys as the op takes them; None where it can't, or has none."""
-        q, k = self.q_norm, self.k_norm
-        if plain(q, *NORMS) and plain(k, type(q)) and q.eps == k.eps:
-            return ops.QKNorm(q.weight, q.bias, k.weight, k.bias, q.eps, q.rms)
-        return None
-
-    def packed(self, x: Tensor) -> tuple[Tensor, ops.QKNorm | None]:
-        """qkv [B, N, 3, H, d] of tokens [B, N, D], and the norm that the op has still to apply."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q_norm, k_norm, norm = self.q_norm, self.k_norm, self.packed_norm()
-        if norm is None and not (plain(q_norm, nn.Identity) and plain(k_norm, nn.Identity)):
-            q, k, v = qkv.unbind(2)
-            qkv = torch.stack([q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v], 2)
-        return qkv, norm
-
-    def maps(self, x: Tensor) -> Tensor:
-        """How much every token attends to every other: [B, N, D] -> float32 [B, H, N, N]."""
-        qkv, norm = self.packed(x)
-        options = Options(**({} if norm is None else norm._asdict()))
-        with torch.autocast(x.device.type, enabled=False):
-            q, k, *_ = heads(qkv, options, accumulate_dtype(qkv, options.q_weight))
-            return probabilities(q, k, None, self.head_dim**-0.5)[0].float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        qkv, norm = self.packed(x)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        x = ops.attention(qkv, qk_norm=norm, dropout_p=dropout_p, impl=self.impl)
-        return self.proj_drop(self.proj(x))
-
-
-class Mlp(nn.Module):
-    """Two layers and an activation; or first layers in a gated pair, act(gate) * value.
-
-    layout: "mlp"; "swiglu_packed", where fc1 is [gate; value]; or "swiglu", with fc1_g and fc1_x.
+    A `Block` hands the stream on by `run`; every other kind is called with tokens [B, N, D]. A
+    `Block` and a `ResPostBlock` also take what relative positions add to the logits (`rel_pos.py`).
     """
+    from vitkern import block_variants as variants  # which builds on this file
 
-    def __init__(self, config: ViTConfig, layout: str, bias: bool, drop: float, **dd: Any) -> None:
-        super().__init__()
-        dim, hidden, self.layout = config.embed_dim, config.hidden_dim, layout
-        self.impl = config.implementations["linear_act"]
-        self.first = ("fc1_g", "fc1_x") if layout == "swiglu" else ("fc1",)
-        for name in self.first:
-            self.add_module(name, nn.Linear(dim, hidden, bias=bias, **dd))
-        self.act = ACTIVATIONS[config.act_layer]()
-        self.drop1 = nn.Dropout(drop)
-        width = hidden // 2 if layout == "swiglu_packed" else hidden
-        self.fc2 = nn.Linear(width, dim, bias=bias, **dd)
-        self.drop2 = nn.Dropout(drop)
-
-    def init_weights(self) -> None:
-        """A gated pair starts as timm's does: one of the two near 0, its bias 1."""
-        if self.layout == "mlp":
-            return
-        layer: Any = getattr(self, self.first[0])
-        start = 0 if self.layout == "swiglu" else layer.weight.shape[0] // 2
-        nn.init.normal_(layer.weight[start:], std=1e-6)
-        if layer.bias is not None:
-            nn.init.ones_(layer.bias[start:])
-
-    def first_layers(self) -> list[Any]:
-        """fc1, or the gated pair."""
-        return [getattr(self, name) for name in self.first]
-
-    def plain_layers(self) -> bool:
-        """Whether an op may stand in for the first layers and the activation."""
-        return activation_name(self.act) is not None and all(map(plain_linear, self.first_layers()))
-
-    def first_layer(self) -> fused.Linear:
-        """The first layers as one: packing weights costs less than a second pass over x."""
-        layers = self.first_layers()
-        if len(layers) == 1:
-            return linear_of(layers[0])
-        biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        return fused.Linear(torch.cat([layer.weight for layer in layers]), biases)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """The activated hidden layer [..., F] of [..., D]."""
-        if self.plain_layers():
-            options: dict[str, Any] = {"activation": activation_name(self.act), "impl": self.impl}
-            return ops.linear_act(x, *self.first_layer(), gated=self.layout != "mlp", **options)
-        outputs = [layer(x) for layer in self.first_layers()]
-        if self.layout == "swiglu_packed":
-            outputs = outputs[0].chunk(2, -1)
-        activated = self.act(outputs[0])
-        return activated if self.layout == "mlp" else activated * outputs[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.drop2(self.fc2(self.drop1(self.hidden(x))))
+    kind, options = config.block
+    if kind == "pre_norm":
+        return Block(config, drop_path, index=index, **dd)
+    return variants.BLOCKS[kind](config, index, drop_path, **options, **dd)
 
 
 class Block(nn.Module):
@@ -146,47 +62,58 @@ class Block(nn.Module):
     Each half runs fused (`fused.py`) where all of its modules are plain; else module by module.
     """
 
-    def __init__(self, config: ViTConfig, drop_path: float = 0.0, **dd: Any) -> None:
+    def __init__(
+        self, config: ViTConfig, drop_path: float = 0.0, *, index: int = 0, **dd: Any
+    ) -> None:
         super().__init__()
         dim, scale = config.embed_dim, config.init_values
         self.impl, self.save = config.implementations, config.save or ""
         self.norm1 = make_norm(config, dim, product=True, **dd)
-        self.attn = Attention(config, **dd)
+        self.attn = make_attention(config, index, **dd)
         self.ls1 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
         self.drop_path1 = make_drop_path(config, drop_path)
         self.norm2 = make_norm(config, dim, product=True, **dd)
-        self.mlp = Mlp(config, config.mlp_layer, config.proj_bias, config.proj_drop_rate, **dd)
+        self.mlp = make_mlp(config, **dd)
         self.ls2 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
         self.drop_path2 = make_drop_path(config, drop_path)
-        # An op of the way module by module was asked for, and none of the fused way.
-        fused = ("norm_linear", "linear_residual")
-        single = ("layer_norm", "add_layer_norm", "linear_act", "residual_add")
-        asked = [op for op in single if self.impl[op] != "auto"]
-        self.asked = asked[0] if asked and all(self.impl[op] == "auto" for op in fused) else ""
+        self.asked = asked_problem(self.impl)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        return self.run(Stream(x)).x
+    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; attn_bias [1, H, N, N] is added to the attention's logits."""
+        return self.run(Stream(x), False, attn_bias).x
 
-    def run(self, stream: Stream, need_stats: bool = False) -> Stream:
+    def maps(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        """How much every token attends to every other: [B, N, D] -> float32 [B, H, N, N]."""
+        return self.attn.maps(self.norm1(x), *given(attn_bias))
+
+    def run(
+        self, stream: Stream, need_stats: bool = False, attn_bias: Tensor | None = None
+    ) -> Stream:
         """The stream [B, N, D] after this block, with its rows' statistics if a norm reads them."""
-        attention, mlp = self.attention_problem(), self.mlp_problem()
+        biased = None if attn_bias is None else BIASED
+        attention, mlp = self.attention_problem() or biased, self.mlp_problem()
         for half, problem in (("attention half", attention), ("MLP half", mlp)):
             if problem:
                 note(half, "module by module", problem)
         if attention and mlp and not (kept(self.drop_path1) or kept(self.drop_path2)):
-            return Stream(self.by_modules(stream.x))
-        stream = self.attention_half(stream, not mlp, problem=attention)
+            return Stream(self.by_modules(stream.x, attn_bias))
+        stream = self.attention_half(stream, not mlp, problem=attention, attn_bias=attn_bias)
         return self.mlp_half(stream, need_stats, problem=mlp)
 
     def attention_half(
-        self, stream: Stream, need_stats: bool, *, problem: str | None = None
+        self,
+        stream: Stream,
+        need_stats: bool,
+        *,
+        problem: str | None = None,
+        attn_bias: Tensor | None = None,
     ) -> Stream:
         """The stream after attention."""
         drop_path: Any = self.drop_path1
+        branch = partial(self.attention_branch, attn_bias=attn_bias)
         if kept(drop_path):
-            return drop_path.on_subset(stream, self.attention_branch, problem)
-        return self.attention_branch(stream, need_stats, problem)
+            return drop_path.on_subset(stream, branch, problem)
+        return branch(stream, need_stats, problem)
 
     def mlp_half(self, stream: Stream, need_stats: bool, *, problem: str | None = None) -> Stream:
         """The stream after the MLP."""
@@ -196,12 +123,17 @@ class Block(nn.Module):
         return self.mlp_branch(stream, need_stats, problem)
 
     def attention_branch(
-        self, stream: Stream, need_stats: bool, problem: str | None, factor: Tensor | None = None
+        self,
+        stream: Stream,
+        need_stats: bool,
+        problem: str | None,
+        factor: Tensor | None = None,
+        attn_bias: Tensor | None = None,
     ) -> Stream:
         """The stream after attention; `factor` [B] stands in for that of stochastic depth."""
         x, attn = stream.x, self.attn
         if problem:
-            branch = attn(self.norm1(x))
+            branch = attn(self.norm1(x), *given(attn_bias))
             return Stream(self.add(x, branch, self.ls1, self.drop_path1, factor))
         dtype, normed = product_dtype(x, attn.qkv.weight), not isinstance(attn.q_norm, nn.Identity)
         return fused.attention_half(
@@ -238,41 +170,22 @@ class Block(nn.Module):
     def attention_problem(self) -> str | None:
         """Why the attention half runs module by module; None where it runs fused."""
         attn = self.attn
-        if not plain(attn, Attention):
+        if not plain(attn, Attention, DiffAttention):
             return changed("attn")
-        parts: Any = attn._modules  # not by attribute: that takes a microsecond each
-        if not (plain_linear(parts["qkv"]) and plain_linear(parts["proj"])):
-            return changed("attn.qkv or attn.proj")
-        if not (idle(parts["attn_drop"]) and idle(parts["proj_drop"])):
-            return "dropout"
-        identities = plain(parts["q_norm"], nn.Identity) and plain(parts["k_norm"], nn.Identity)
-        if not identities and attn.packed_norm() is None:
-            return changed("attn.q_norm or attn.k_norm")
-        return self._problem("1")
+        return attn.problem() or self._problem("1")
 
     def mlp_problem(self) -> str | None:
         """Why the MLP half runs module by module; None where it runs fused."""
         mlp = self.mlp
-        if not plain(mlp, Mlp):
-            return changed("mlp")
-        parts: Any = mlp._modules
-        if not (mlp.plain_layers() and plain_linear(parts["fc2"])):
-            return changed("a layer of mlp")
-        if not (idle(parts["drop1"]) and idle(parts["drop2"])):
-            return "dropout"
-        return self._problem("2")
+        return (mlp.problem() if plain(mlp, Mlp) else changed("mlp")) or self._problem("2")
 
     def _problem(self, half: str) -> str | None:
         """What both halves ask; `half` is the number in the names of its modules."""
-        parts: Any = self._modules
         if self.asked:
-            return f"impl names {self.asked}"
-        if not plain(parts["norm" + half], *NORMS):
-            return changed("norm" + half)
-        ls, drop_path = parts["ls" + half], parts["drop_path" + half]
-        if not (plain(ls, LayerScale, nn.Identity) and plain(drop_path, DropPath, nn.Identity)):
-            return changed(f"ls{half} or drop_path{half}")
-        return None
+            return self.asked
+        parts: Any = self._modules
+        norm, ls, drop_path = (parts[name + half] for name in ("norm", "ls", "drop_path"))
+        return joint_problem(norm, ls, drop_path, half)
 
     def class_token_problem(self) -> str | None:
         """Why `class_token` can't stand in for the whole block."""
@@ -313,9 +226,9 @@ class Block(nn.Module):
         )  # fmt: skip
         return self.mlp_branch(Stream(own), False, None).x
 
-    def by_modules(self, x: Tensor) -> Tensor:
+    def by_modules(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D], with the first sum and the second norm in one op, if they may."""
-        branch = self.attn(self.norm1(x))
+        branch = self.attn(self.norm1(x), *given(attn_bias))
         if plain(self.norm2, *NORMS):
             branch, gamma, factor = branch_scales(branch, self.ls1, self.drop_path1)
             x, normed = ops.add_layer_norm(
@@ -344,22 +257,23 @@ class Block(nn.Module):
         factor: Tensor | None = None,
     ) -> Tensor:
         """x + drop_path(ls(branch)), or with `factor` in place of what drop_path would draw."""
-        if factor is None:
-            branch, gamma, factor = branch_scales(branch, ls, drop_path)
-        else:
-            branch, gamma = ls(branch), None
-        impl = self.impl["residual_add"]
-        return ops.residual_add(x, branch, layer_scale=gamma, drop_scale=factor, impl=impl)
+        return add_branch(x, branch, ls, drop_path, self.impl["residual_add"], factor)
 
 
-def norm_of(norm: Any) -> fused.Norm:
-    """A norm's parameters and options."""
-    return fused.Norm(norm.weight, norm.bias, norm.eps, norm.rms)
-
-
-def linear_of(layer: Any) -> fused.Linear:
-    """A linear layer's parameters."""
-    return fused.Linear(layer.weight, layer.bias)
+def add_branch(
+    x: Tensor,
+    branch: Tensor,
+    ls: nn.Module,
+    drop_path: nn.Module,
+    impl: str,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """x + drop_path(ls(branch)), or with `factor` [B] in place of what drop_path would draw."""
+    if factor is None:
+        branch, gamma, factor = branch_scales(branch, ls, drop_path)
+    else:
+        branch, gamma = ls(branch), None
+    return ops.residual_add(x, branch, layer_scale=gamma, drop_scale=factor, impl=impl)
 
 
 def joint_of(
@@ -374,39 +288,23 @@ def joint_of(
     return fused.Joint(gamma, factor)
 
 
-def kept(drop_path: Any) -> bool:
-    """Whether this DropPath leaves samples out of the branch, in place of multiplying it by 0."""
-    return plain(drop_path, DropPath) and drop_path.subset and drop_path.active
+def asked_problem(impl: dict[str, str]) -> str | None:
+    """That an op of the way module by module was asked for, and none of the fused way; or None."""
+    single = ("layer_norm", "add_layer_norm", "linear_act", "residual_add")
+    asked = [op for op in single if impl[op] != "auto"]
+    fused = any(impl[op] != "auto" for op in ("norm_linear", "linear_residual"))
+    return f"impl names {asked[0]}" if asked and not fused else None
 
 
-def changed(what: str) -> str:
-    """Why a half is not fused."""
-    return f"{what} was replaced, wrapped or hooked"
+def joint_problem(norm: Any, ls: Any, drop_path: Any, half: str = "") -> str | None:
+    """Why the norm before a branch and what joins it to the stream can't be fused; or None."""
+    if not plain(norm, *NORMS):
+        return changed("norm" + half)
+    if not (plain(ls, LayerScale, nn.Identity) and plain(drop_path, DropPath, nn.Identity)):
+        return changed(f"ls{half} or drop_path{half}")
+    return None
 
 
-class AttentionPool(nn.Module):
-    """Pooling by attention from one learned query, then an MLP: timm's AttentionPoolLatent."""
-
-    def __init__(self, config: ViTConfig, **dd: Any) -> None:
-        super().__init__()
-        dim, self.num_heads, self.head_dim = config.embed_dim, config.num_heads, config.head_dim
-        self.impl = config.implementations["attention_pool"]
-        self.latent = nn.Parameter(torch.zeros(1, 1, dim, **dd))
-        self.q = nn.Linear(dim, dim, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.norm = make_norm(config, dim, product=True, **dd)
-        self.mlp = Mlp(config, "mlp", True, 0.0, **dd)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """The query starts with unit length."""
-        with torch.no_grad():
-            nn.init.trunc_normal_(self.latent).mul_(self.latent.shape[-1] ** -0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D]."""
-        q = self.q(self.latent).unflatten(-1, (self.num_heads, self.head_dim))
-        kv = self.kv(x).unflatten(-1, (2, self.num_heads, self.head_dim))
-        x = self.proj(ops.attention_pool(q.expand(x.shape[0], -1, -1, -1), kv, impl=self.impl))
-        return (x + self.mlp(self.norm(x)))[:, 0]
+def given(bias: Tensor | None) -> tuple[Tensor, ...]:
+    """The bias as an argument, for a module that may know of none."""
+    return () if bias is None else (bias,)

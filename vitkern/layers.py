@@ -52,6 +52,7 @@ class _Norm:
 
     feeds_product: a linear layer follows, so under autocast the result has its dtype at once.
     recast: the residual stream has a dtype of its own (`residual_dtype`), and it ends here.
+    feeds_sum: the result joins the residual stream, in the dtype of PyTorch's own norm.
     """
 
     weight: Any
@@ -61,10 +62,13 @@ class _Norm:
     rms = False
     feeds_product = False
     recast = False
+    feeds_sum = False
     impl = "auto"
 
     def out_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype to return for `x`."""
+        if self.feeds_sum:
+            return own_norm_dtype(x)
         product = autocast_dtype(x.device) if self.feeds_product else None
         if product or not self.recast:
             return product or x.dtype
@@ -81,6 +85,12 @@ class _Norm:
         """Normalise [..., D] over the last dimension."""
         options: dict[str, Any] = {"out_dtype": self.out_dtype(x), "impl": self.impl}
         return ops.layer_norm(x, self.weight, self.bias, self.eps, rms=self.rms, **options)
+
+
+def own_norm_dtype(x: Tensor) -> torch.dtype:
+    """Of what PyTorch's norms return: under autocast they widen on a GPU, and don't on a CPU."""
+    widened = x.is_cuda and autocast_dtype(x.device) is not None
+    return torch.promote_types(x.dtype, torch.float32) if widened else x.dtype
 
 
 class LayerNorm(_Norm, nn.LayerNorm):
@@ -177,17 +187,23 @@ class DropPath(nn.Module):
         """Whether it drops anything now."""
         return self.training and self.drop_prob > 0
 
-    def on_subset(self, stream: Any, half: Callable[..., Any], problem: str | None) -> Any:
-        """The stream after `half` of a block on the samples kept, those left out as they were."""
-        x = stream.x
+    def choose(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(numbers of the samples kept, or None for all; their factors)."""
         batch = x.shape[0]
         count = max(1, round(batch * (1 - self.drop_prob)))
         if count >= batch:
-            return half(stream, False, problem, x.new_ones(batch))
+            return None, x.new_ones(batch)
         index = torch.randperm(batch, device=x.device)[:count]
-        part = type(stream)(x.index_select(0, index))
-        after = half(part, False, problem, x.new_full((count,), batch / count)).x
-        return type(stream)(x.index_copy(0, index, after))
+        return index, x.new_full((count,), batch / count)
+
+    def on_subset(self, stream: Any, half: Callable[..., Any], problem: str | None) -> Any:
+        """The stream after `half` of a block on the samples kept, those left out as they were."""
+        index, factor = self.choose(stream.x)
+        if index is None:
+            return half(stream, False, problem, factor)
+        part = type(stream)(stream.x.index_select(0, index))
+        after = half(part, False, problem, factor).x
+        return type(stream)(stream.x.index_copy(0, index, after))
 
     def factor(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
         """Factor a sample [B], 0 or 1 / keep, in the dtype of `x` or `dtype`; None to drop nothing.
@@ -208,6 +224,11 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """The rate."""
         return f"drop_prob={self.drop_prob:.3f}" + ", subset=True" * self.subset
+
+
+def kept(drop_path: Any) -> bool:
+    """Whether this DropPath leaves samples out of the branch, in place of multiplying it by 0."""
+    return plain(drop_path, DropPath) and drop_path.subset and drop_path.active
 
 
 def make_drop_path(config: ViTConfig, rate: float) -> DropPath | nn.Identity:
