@@ -23,8 +23,12 @@ from vitkern.checkpoint._fit import fit
 from vitkern.checkpoint._infer import completed, infer
 from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
 from vitkern.checkpoint._write import write
+from vitkern.checkpoint.hf_dinov2 import HuggingFaceDinov2
+from vitkern.checkpoint.hf_towers import HuggingFaceAimv2, HuggingFaceClip, HuggingFaceSiglip
+from vitkern.checkpoint.huggingface import HuggingFace
 from vitkern.checkpoint.timm import Timm
 from vitkern.checkpoint.torchvision import Torchvision
+from vitkern.checkpoint.vit_pytorch import VitPytorch
 from vitkern.config import ViTConfig, check_arguments
 from vitkern.model import ViT
 
@@ -36,6 +40,12 @@ __all__ = [
 # In the order of detection: the more particular before those that would take its names, too.
 FORMATS: tuple[Format, ...] = (
     Torchvision(),
+    HuggingFaceDinov2(),
+    HuggingFace(),
+    HuggingFaceClip(),
+    HuggingFaceSiglip(),
+    HuggingFaceAimv2(),
+    VitPytorch(),
     Timm(),
 )
 
@@ -119,13 +129,14 @@ def _understood(source: Source, format: Format, overrides: Fields) -> Checkpoint
     told = {key: value for key, value in told.items() if key in known}
     defaults = format.defaults(state, source.config)
     hints: Fields = {**defaults, **told}
+    if "grid_size" in source.config:
+        hints["grid_size"] = source.config["grid_size"]
+    for name in ("img_size", "patch_size", "in_chans"):
+        if name in overrides:
+            hints[f"target_{name}"] = overrides[name]
     found, left = format.translated(state, hints)
     found = format.finished(found, hints)
     dropped = {**source.dropped, **_dropped(left, format)}
-    if "grid_size" in source.config:
-        hints["grid_size"] = source.config["grid_size"]
-    if "img_size" in overrides:
-        hints["target_img_size"] = overrides["img_size"]
     seen = infer(found, hints)
     shapes = {key: seen[key] for key in ("num_classes", "img_size", "in_chans", "patch_size")}
     told = {**told, **{key: v for key, v in shapes.items() if v is not None}}

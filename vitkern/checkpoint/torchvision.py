@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitkern.checkpoint._rules import Fields, Format, State, layers, only, rule
 from vitkern.config import ViTConfig
+from vitkern.presets import IMAGENET
 
 _BLOCK = "encoder.layers.encoder_layer_{i}."
 
@@ -40,7 +41,8 @@ class Torchvision(Format):
 
     def recognises(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         """By the names of its first layer and of its blocks."""
-        return "conv_proj.weight" in state and "encoder.layers.encoder_layer_0.ln_1.weight" in state
+        first = "encoder.layers.encoder_layer_0.ln_1.weight"
+        return first in state and any(key.startswith("conv_proj.") for key in state)
 
     def prepared(self, state: State, config: Mapping[str, Any]) -> State:
         """Under the names of today."""
@@ -52,7 +54,11 @@ class Torchvision(Format):
 
     def problem(self, state: State, config: Mapping[str, Any]) -> str | None:
         """Stems of several convolutions are another network."""
-        return None if state["conv_proj.weight"].dim() == 4 else "its stem is no patch projection"
+        return None if "conv_proj.weight" in state else "its stem is several convolutions"
+
+    def described(self, state: State, config: Mapping[str, Any]) -> Fields:
+        """How torchvision's own weights saw RGB images."""
+        return dict(IMAGENET) if state["conv_proj.weight"].shape[1] == 3 else {}
 
     def unfit(self, config: ViTConfig) -> str | None:
         """One token, learned positions, one norm behind the blocks."""
