@@ -23,6 +23,8 @@ from vitkern.checkpoint._fit import fit
 from vitkern.checkpoint._infer import completed, infer
 from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
 from vitkern.checkpoint._write import write
+from vitkern.checkpoint.clip import Clip, ClipTrunk
+from vitkern.checkpoint.google import Google
 from vitkern.checkpoint.hf_dinov2 import HuggingFaceDinov2
 from vitkern.checkpoint.hf_towers import HuggingFaceAimv2, HuggingFaceClip, HuggingFaceSiglip
 from vitkern.checkpoint.huggingface import HuggingFace
@@ -46,6 +48,9 @@ FORMATS: tuple[Format, ...] = (
     HuggingFaceSiglip(),
     HuggingFaceAimv2(),
     VitPytorch(),
+    Google(),
+    Clip(),
+    ClipTrunk(),
     Timm(),
 )
 
