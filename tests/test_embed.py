@@ -61,7 +61,7 @@ def from_torchvision(given: Tensor, old: tuple[int, int], new: tuple[int, int]) 
 def from_hugging_face(name: str, given: Tensor, new: tuple[int, int]) -> Tensor:
     """The positions as an image of `new` patches of one pixel gets them."""
     before = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # a checkout's folder, not theirs
+    sys.modules["kernels"] = None  # a checkout's folder, not theirs
     try:
         hf = pytest.importorskip("transformers")
         side = round((given.shape[1] - 1) ** 0.5)
@@ -128,7 +128,7 @@ def test_positions_are_resized_as_each_source_does_it(
         expected["torchvision"] = from_torchvision(given, old, new)
     for mode, source in expected.items():
         ours = resample_pos_embed(given, new, old, 1, mode)
-        torch.testing.assert_close(ours, source, rtol=1e-5, atol=1e-5, msg=lambda m, n=mode: n + m)
+        torch.testing.assert_close(ours, source, rtol=1e-5, atol=1e-5)
         assert torch.equal(ours[:, :1], given[:, :1])
     dinov2 = from_hugging_face("Dinov2", given, new)
     assert torch.equal(resample_pos_embed(given, new, old, 1, "huggingface"), dinov2)

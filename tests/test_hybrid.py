@@ -71,10 +71,10 @@ def test_tokens_and_gradients_are_timms(name: str) -> None:
     weights = torch.randn_like(outputs[0])
     for out in outputs:
         (out * weights).sum().backward()
-    close(both[0].grad, both[1].grad, "images", rel=1e-9)  # type: ignore[arg-type]
+    close(both[0].grad, both[1].grad, "images", rel=1e-9)
     expected = {n: p.grad for n, p in theirs.named_parameters()}
     for parameter, p in ours.named_parameters():
-        close(p.grad, expected[parameter], parameter, rel=1e-9)  # type: ignore[arg-type]
+        close(p.grad, expected[parameter], parameter, rel=1e-9)
     ours.eval()
     theirs.eval()  # with the statistics that BatchNorm has gathered meanwhile
     close(ours(both[0]), theirs(both[1]), rel=1e-9)
@@ -179,7 +179,7 @@ def test_checkpointing_changes_nothing_but_memory() -> None:
             ours(images).sum().backward()
         found.append(([p.grad for p in ours.parameters()], sum(saved)))
     for one, other in zip(found[0][0], found[1][0], strict=True):
-        assert torch.equal(one, other)  # type: ignore[arg-type]
+        assert torch.equal(one, other)
     ours.eval()
     ours(images)
 

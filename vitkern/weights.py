@@ -1,4 +1,4 @@
-"""How weights start, and how positions follow the model to another resolution."""
+"""How weights start, and how positions and patches follow the model to another resolution."""
 
 import math
 from typing import Any
