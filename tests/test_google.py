@@ -1,5 +1,6 @@
 """Google's .npz: every era of names, against JAX's formulas and against timm's own reader."""
 
+from math import cos, sin
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,16 @@ def forward(params: Tree, images: Tensor, approximate: str) -> Tensor:
 
 
 def sincos(rows: int, columns: int) -> Tensor:
-    """big_vision's fixed positions."""
-    y, x = np.mgrid[:rows, :columns]
-    omega = 1.0 / 10_000.0 ** (np.arange(DIM // 4) / (DIM // 4 - 1))
-    y, x = np.einsum("m,d->md", y.flatten(), omega), np.einsum("m,d->md", x.flatten(), omega)
-    return torch.from_numpy(np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1))
+    """big_vision's fixed positions [N, D], one number after the other."""
+    rates = [10_000.0 ** (-i / (DIM // 4 - 1)) for i in range(DIM // 4)]
+    return torch.tensor(
+        [
+            [wave(place * rate) for place in (x, y) for wave in (sin, cos) for rate in rates]
+            for y in range(rows)
+            for x in range(columns)
+        ],
+        dtype=torch.float64,
+    )
 
 
 def written(params: Tree, folder: Path, prefix: str = "") -> Path:
@@ -210,6 +216,29 @@ def test_prefixes(kind: str, prefix: str, tmp_path: Path) -> None:
     tanh = prefix == "params/img/"
     assert found.fields["act_layer"] == ("gelu_tanh" if tanh else "gelu")
     assert "act_layer" in found.assumed
+
+
+def test_tower_of_a_language_model(tmp_path: Path) -> None:
+    """PaliGemma's: all tokens are projected; stored in bfloat16, which NumPy has as two bytes."""
+    rounded = {
+        key: torch.from_numpy(value).bfloat16()
+        for key, value in tree("scanned", pool="gap").items()
+    }
+    stored = {
+        "params/img/" + key: value.view(torch.int16).numpy().view("V2")
+        for key, value in rounded.items()
+    }
+    stored["params/llm/embedder/input_embedding"] = np.zeros((2, 2), np.float32)
+    model = load(written(stored, tmp_path)).eval()
+    assert (model.config.global_pool, model.config.act_layer) == ("", "gelu_tanh")
+    params = {key: value.float().numpy() for key, value in rounded.items()}
+    for name in [name for name in params if "encoderblock/" in name]:
+        for i, layer in enumerate(params.pop(name)):
+            params[name.replace("encoderblock", f"encoderblock_{i}")] = layer
+    tokens = model(IMAGES)
+    assert tokens.shape == (2, 9, CLASSES)  # the head is linear: their mean is the mean's logits
+    expected = forward(params, IMAGES, "tanh")
+    torch.testing.assert_close(tokens.mean(1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_old_spellings(tmp_path: Path) -> None:
@@ -352,10 +381,15 @@ def without(params: Tree, part: str) -> Tree:
 
 NAFLEX = {"embedding/kernel": np.zeros((PATCH * PATCH * 3, DIM), np.float32)}
 GRID = {"pos_embedding": np.zeros((3, 3, DIM), np.float32)}
+SHORT = {
+    key: value[:1] if "MlpBlock_0/Dense_1" in key else value
+    for key, value in tree("scanned").items()
+}
 BROKEN: dict[str, tuple[Tree, str]] = {
     "a block is missing": (without(tree(), "encoderblock_0/Layer"), "norm1"),
     "a matrix is missing": (without(tree(), "encoderblock_1/MlpBlock_3/Dense_1/k"), "fc2.weight"),
     "a third of qkv is missing": (without(tree(), "1/key/kernel"), "key/kernel"),
+    "a layer is missing in a stack": (SHORT, "fc2"),
     "the patches are missing": (without(tree(), "embedding/kernel"), "no ViT"),
     "NaFlex": ({**tree("big_vision"), **NAFLEX}, "NaFlex"),
     "a grid of positions": ({**tree("big_vision"), **GRID}, "NaFlex"),
