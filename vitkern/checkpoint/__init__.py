@@ -20,10 +20,13 @@ import torch
 
 from vitkern.checkpoint._files import Source, read
 from vitkern.checkpoint._fit import fit
-from vitkern.checkpoint._infer import completed, infer
+from vitkern.checkpoint._infer import AMBIGUOUS, USUAL, completed, infer
 from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
 from vitkern.checkpoint._write import write
+from vitkern.checkpoint.aimv2 import Aimv2
+from vitkern.checkpoint.beit import Beit
 from vitkern.checkpoint.clip import Clip, ClipTrunk
+from vitkern.checkpoint.dinov2 import Dinov2
 from vitkern.checkpoint.google import Google
 from vitkern.checkpoint.hf_dinov2 import HuggingFaceDinov2
 from vitkern.checkpoint.hf_towers import HuggingFaceAimv2, HuggingFaceClip, HuggingFaceSiglip
@@ -51,6 +54,9 @@ FORMATS: tuple[Format, ...] = (
     Google(),
     Clip(),
     ClipTrunk(),
+    Aimv2(),
+    Dinov2(),
+    Beit(),
     Timm(),
 )
 
@@ -143,8 +149,9 @@ def _understood(source: Source, format: Format, overrides: Fields) -> Checkpoint
     found = format.finished(found, hints)
     dropped = {**source.dropped, **_dropped(left, format)}
     seen = infer(found, hints)
-    shapes = {key: seen[key] for key in ("num_classes", "img_size", "in_chans", "patch_size")}
-    told = {**told, **{key: v for key, v in shapes.items() if v is not None}}
+    for key in ("num_classes", "img_size", "in_chans", "patch_size"):  # tensors know better
+        if seen[key] is not None and told.get(key) != seen[key]:
+            told.pop(key, None)
     own, assumed = completed(seen, told, defaults, source.config.get("architecture"))
     try:
         native = ViTConfig(**own)
@@ -213,7 +220,8 @@ def load(
             drawn anew; positions follow `img_size` as the source's own library resizes them.
 
     Warns:
-        UserWarning: the head was drawn anew; the number of heads was guessed by their usual width.
+        UserWarning: the head was drawn anew; the number of heads was guessed by their usual width,
+            or known networks of these shapes differ in it, in eps, activation or pool.
 
     Raises:
         As `understand`.
@@ -230,13 +238,23 @@ def load(
         _draw(model, found.fresh)
         names = ", ".join(found.fresh)
         warnings.warn(f"{found.source} has no {names} of these shapes: drawn anew", stacklevel=2)
-    if found.assumed.get("num_heads") == "usual":
-        heads = found.config.num_heads
-        text = f"nothing in {found.source} tells the number of heads: num_heads={heads} is a guess"
-        warnings.warn(f"{text}; say it as load(..., num_heads=...)", stacklevel=2)
+    guessed = [field for field in _GUESSES if _is_guess(found, field)]
+    if guessed:
+        text = "; ".join(f"{f}={found.fields[f]!r} ({found.assumed[f]})" for f in guessed)
+        warnings.warn(f"nothing in {found.source} tells {text}; say it to load()", stacklevel=2)
     own = model.state_dict()
     model.load_state_dict({**{name: own[name] for name in found.fresh}, **found.state})
     return model
+
+
+# Fields that change the logits, and that a checkpoint may leave open.
+_GUESSES = ("num_heads", "norm_layer", "act_layer", "global_pool", "block_fn")
+
+
+def _is_guess(found: Checkpoint, field: str) -> bool:
+    """Whether more than one network has these shapes, or no known one."""
+    why = found.assumed.get(field, "")
+    return AMBIGUOUS in why or (field == "num_heads" and why == USUAL)
 
 
 def _draw(model: ViT, names: tuple[str, ...]) -> None:

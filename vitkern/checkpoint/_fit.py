@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vitkern.checkpoint._infer import averaged
 from vitkern.checkpoint._rules import CheckpointError, State
 from vitkern.config import ViTConfig
 from vitkern.weights import adapt_input_conv, resample_patch_embed, resample_pos_embed
@@ -26,8 +27,10 @@ def fit(
     changes = dict(changes)
     if "global_pool" in changes and "fc_norm" not in changes:
         changes["fc_norm"] = None
+    channels = changes.get("in_chans", native.in_chans)
+    images = {key: averaged(getattr(native, key), channels) for key in ("mean", "std")}
     try:
-        target = replace(native, **changes)
+        target = replace(native, **images, **changes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from None
     state, gone, fresh = dict(state), dict[str, str](), list[str]()

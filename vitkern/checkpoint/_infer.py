@@ -19,6 +19,10 @@ from vitkern.checkpoint._rules import CheckpointError, Fields, State
 from vitkern.config import ViTConfig, backbone_stride
 from vitkern.presets import PRESETS
 
+# Reasons of an assumption that is a guess.
+USUAL = "usual"
+AMBIGUOUS = "with the same shapes, others have"
+
 # Fields that shapes don't tell; with what is usual where nothing tells them.
 _UNSEEN: Fields = {
     "num_heads": None,  # see `_usual_heads`
@@ -113,6 +117,11 @@ def _ratio(hidden: int, dim: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
+# Blocks of the stages of timm's ResNets that stand before some of its ViTs.
+_RESNETS = {"resnet26d": (2, 2, 2, 2), "resnet50d": (3, 4, 6, 3)}
+_RESNET_BLOCK = re.compile(r"layer(\d)\.\d+\.conv3\.weight\Z")
+
+
 def _patches(state: State) -> Fields:
     """What stands before the blocks."""
     start = "patch_embed.backbone."
@@ -132,8 +141,13 @@ def _patches(state: State) -> Fields:
             sizes = tuple(state[start + k].shape[2] for k in convolutions)
             found["embed_layer"], first = ("conv_stem", sizes), state[start + convolutions[0]]
         else:
-            del found["embed_layer"]  # a model of timm's, by a preset or an argument
-            first = next(state[start + k] for k in backbone if state[start + k].dim() == 4)
+            blocks = Counter(m[1] for k in backbone if (m := _RESNET_BLOCK.match(k)))
+            depths = tuple(blocks[str(i + 1)] for i in range(len(blocks)))
+            names = [name for name, d in _RESNETS.items() if depths and d[: len(depths)] == depths]
+            if len(names) != 1 or "conv1.0.weight" not in backbone:
+                raise CheckpointError(f"its backbone is none that is known: {backbone[0]}, ...")
+            found["embed_layer"] = ("timm", (names[0], len(depths)))
+            first = state[start + "conv1.0.weight"]
         found["in_chans"] = first.shape[1] if first is not None else 3
     if weight is None:
         if not backbone:
@@ -188,7 +202,7 @@ def _block(state: State, hints: Mapping[str, Any]) -> Fields:
         found |= {
             "block_kind": kind,
             "block_options": options,
-            "qkv_bias": has("in_proj.bias") or has("mlp_bias"),
+            "qkv_bias": has("in_proj.bias"),
             "proj_bias": has(out + "bias"),
             "qk_norm": has("q_norm.weight"),
             "init": has("ls.gamma"),
@@ -218,8 +232,8 @@ def _block(state: State, hints: Mapping[str, Any]) -> Fields:
             "init": has("ls1.gamma") or has("attns.0.ls.gamma"),
             "inner_dim": shape(attn + "proj.weight")[1],
         }
-    if has(attn + "lambda_a") or has(attn + "lambda_q1"):
-        found["attn_kind"] = "attn" if attn == "" else "diff"
+    if attn and (has(attn + "lambda_a") or has(attn + "lambda_q1")):
+        found["attn_kind"] = "diff"
         found["attn_options"] = {"dual_lambda": has(attn + "lambda_a")}
     for where in ("shared_rel_pos.", at + attn + "rel_pos."):
         table = state.get(where + "relative_position_bias_table")
@@ -231,7 +245,8 @@ def _block(state: State, hints: Mapping[str, Any]) -> Fields:
                 found["num_heads"] = table.shape[1]
             elif network is not None:
                 found["num_heads"] = state[where + "mlp.fc2.weight"].shape[0]
-                found["rel_pos_dim"] = network.shape[0]
+                inside = network.shape[0]
+                found["rel_pos_dim"] = None if inside == 128 else inside  # 128 is timm's choice
     width = None
     if found["qk_norm"]:
         width = shape(attn + "q_norm.weight")[0]
@@ -253,8 +268,7 @@ def _positions(positions: Tensor, found: Fields, hints: Mapping[str, Any]) -> Fi
     prefix += found["reg_tokens"]
     known = hints.get("no_embed_class")
     options = [known] if known is not None and prefix else [False, True] if prefix else [False]
-    layer = found.get("embed_layer", hints.get("embed_layer"))
-    down = backbone_stride(layer)
+    down = backbone_stride(found["embed_layer"])
     stride = (found["patch_size"][0] * down, found["patch_size"][1] * down)
     sizes = [tuple(pair("img_size", hints[key])) for key in _IMAGES if key in hints]
     grids = [(size[0] // stride[0], size[1] // stride[1]) for size in sizes]
@@ -322,23 +336,32 @@ def completed(
             assumed[field] = why
         if value is not None:
             fields[field] = value
-    if "img_size" not in {**fields, **told}:
-        usual = models[0].img_size if models else (224, 224)
-        fields["img_size"], assumed["img_size"] = usual, _as(fits) or "usual"
-    if "embed_layer" not in seen and "embed_layer" not in told:
-        if not models:
-            raise CheckpointError(
-                "it has a backbone that isn't known by its shapes: give embed_layer=('timm', "
-                "(name, stage))"
-            )
-        fields["embed_layer"] = models[0].embed_layer
-        assumed["embed_layer"] = _as(fits)
+    _sizes(fields, told, models, fits, assumed)
     fields |= told
+    for key in ("mean", "std"):
+        fields[key] = averaged(fields[key], fields["in_chans"])
     pool = fields.get("global_pool")
     if seen["final_norm"] and "fc_norm" not in told:
         usual = pool in ("avg", "avgmax", "max")
         fields["fc_norm"] = None if seen["norm_after_pool"] == usual else seen["norm_after_pool"]
     return fields, assumed
+
+
+def _sizes(
+    fields: Fields, told: Fields, models: list[ViTConfig], fits: list[str], assumed: dict[str, str]
+) -> None:
+    """img_size where no positions show a grid; or where it is no multiple of the patches."""
+    if "img_size" in told:
+        return
+    size, patch = fields.get("img_size"), fields["patch_size"]
+    if size is None:
+        fields["img_size"] = models[0].img_size if models else (224, 224)
+        assumed["img_size"] = _as(fits) or USUAL
+        return
+    grid = (size[0] // patch[0], size[1] // patch[1])
+    same = {model.img_size for model in models if model.grid_size == grid}
+    if len(same) == 1:
+        fields["img_size"] = same.pop()
 
 
 def _guess(
@@ -359,11 +382,11 @@ def _guess(
     usual = _usual(field, seen, told)
     values = Counter(getattr(model, field) for model in models)
     if not values:
-        return usual, "usual"
+        return usual, USUAL
     value = usual if usual in values else values.most_common(1)[0][0]
     why = _as([name for name in fits if getattr(_config_of(name), field) == value])
     others = ", ".join(str(other) for other in values if other != value)
-    return value, why + (f"; with the same shapes, others have {others}" if others else "")
+    return value, why + (f"; {AMBIGUOUS} {others}" if others else "")
 
 
 def _usual(field: str, seen: Fields, told: Fields) -> Any:
@@ -387,6 +410,13 @@ def usual_heads(inner: int) -> int:
     """How many heads `inner` numbers are split into where nothing tells: of 64, or nearly so."""
     widths = [w for w in range(1, inner + 1) if inner % w == 0]
     return inner // min(widths, key=lambda w: (abs(math.log2(w / 64)), w))
+
+
+def averaged(values: Any, channels: int) -> Any:
+    """`mean` or `std`; of another number of channels the average, as `presets.preset` has it."""
+    if isinstance(values, (tuple, list)) and len(values) != channels:
+        return sum(values) / len(values)
+    return values
 
 
 def _as(presets: list[str]) -> str:
@@ -416,7 +446,7 @@ def _fits(model: ViTConfig, seen: Fields, told: Fields) -> bool:
         kind == seen["block_kind"]
         and options == seen.get("block_options", options)
         and model.attention[0] == seen["attn_kind"]
-        and bool(model.init_values) == seen["init"]
+        and bool(model.init_values and block != "res_post_norm") == seen["init"]
         and model.norm_layer[0] == seen["norm_kind"]
         and (model.embed_norm_layer is not None) == bool(seen.get("embed_norm"))
         and (model.global_pool == "map") == (seen.get("global_pool") == "map")

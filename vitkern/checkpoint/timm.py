@@ -1,4 +1,6 @@
-"""timm's VisionTransformer, whose names are ours; Meta's MAE and DeiT have them, too."""
+"""timm's VisionTransformer, whose names are ours; the files of DINO, MAE, DeiT, MoCo v3 and I-JEPA
+have them, too.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,15 +9,31 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitkern.checkpoint._config_file import from_json, to_json
-from vitkern.checkpoint._rules import Fields, Format, State
+from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
 from vitkern.config import ViTConfig
+
+# Other networks that have names in common with these.
+_RELATIVES = {
+    r"blocks\.\d+\.attn\.[qk]_proj\.": "separate query, key and value layers, as in EVA-02",
+    r"blocks\.\d+\.attn\.[qv]_bias$": "biases of queries and values alone, as in BEiT",
+    r"(.*\.)?rope\b": "rotary positions",
+    r"(rope_embed|.*\.periods$)": "rotary positions",
+    r"blocks\.\d+\.blocks\.": "stages of blocks",
+    r"blocks\.\d+\.\d+\.": "stages of blocks",
+    r"layers\.\d+\.blocks\.": "stages of blocks",
+    r"blocks_token_only\.": "CaiT's class attention",
+    r"blocks\.\d+\.attn\.(proj_l|talking_head)": "attention with talking heads",
+    r"patch_embed\.(proj|conv)\.\d+\.": "a stem of several convolutions",
+    r"patch_embed\.conv\d": "a stem of several convolutions",
+    r"blocks\.\d+\.attn\.local": "positional gates of ConViT",
+}
 
 
 class Timm(Format):
     """All of timm's vision_transformer files: ViT, hybrids, DeiT, relative positions.
 
-    Read, too: patch projections stored as a matrix, LayerScale as `gamma_1` (DeiT3's files), and a
-    folder of ``timm.models.push_to_hf_hub``, or of vitkern's own `save`.
+    Read, too: patch projections stored as a matrix, LayerScale as `gamma_1` (DeiT3's files), a
+    tower within what pretrains it, and a folder of ``timm.models.push_to_hf_hub`` or of `save`.
     """
 
     name = "timm"
@@ -23,22 +41,29 @@ class Timm(Format):
     dropped: ClassVar[dict[str, str]] = {
         "mask_token$": "only for masked pretraining",
         r"decoder_(embed|blocks|norm|pred|pos_embed)\b": "MAE's decoder",
-        r".*relative_position_index$": "computed here",
-        r".*rel_coords_log$": "computed here",
-        r".*relative_coords_log$": "computed here",
+        r"head\.(mlp|last_layer)\.": "DINO's projection head",
+        r"(dino|ibot)_head\.": "DINOv2's projection heads",
+        r"momentum_encoder\.": "MoCo's slow copy",
+        r"(base_encoder\.)?head\.\d+\.": "a projection head",
+        r"predictor\.": "MoCo's prediction head",
+        r".*(relative_position_index|relative_coords_table|rel_coords_log|relative_coords_log)$": (
+            "follows from the grid"
+        ),
     }
 
     def recognises(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-        """By its blocks and its patches, or by a backbone before them."""
-        projected = any(key.startswith("patch_embed.") for key in state)
-        blocks = any(re.match(r"blocks\.0\.(norm1|in_norm|attns)\b", key) for key in state)
-        return projected and blocks
+        """By its patches and its blocks."""
+        start = re.escape(tower(state))
+        projected = any(re.match(start + r"patch_embed\.", key) for key in state)
+        block = re.compile(start + r"blocks\.0\.(norm1|in_norm|attns)\b")
+        return projected and any(block.match(key) for key in state)
 
     def prepared(self, state: State, config: Mapping[str, Any]) -> State:
-        """LayerScale under its name of today; a matrix of the projection as a convolution."""
-        renamed = {
-            re.sub(r"\.gamma_([12])\Z", r".ls\1.gamma", key): value for key, value in state.items()
-        }
+        """Without what stands before all names; the spelling of today."""
+        start, renamed = tower(state), State()
+        for key, value in state.items():
+            key = re.sub(r"\.gamma_([12])\Z", r".ls\1.gamma", key.removeprefix(start))
+            renamed[key] = value
         weight = renamed.get("patch_embed.proj.weight")
         if weight is not None and weight.dim() == 2:
             side = round((weight.shape[1] / 3) ** 0.5)
@@ -47,28 +72,22 @@ class Timm(Format):
         return renamed
 
     def problem(self, state: State, config: Mapping[str, Any]) -> str | None:
-        """Relatives of timm that share its names, but not its layers."""
-        known = {
-            r"blocks\.0\.attn\.(q|k|v)_proj\.": "separate query, key and value layers (EVA-02)",
-            r"blocks\.0\.attn\.(q|v)_bias$": "BEiT's query and value biases",
-            r".*rope\b": "rotary positions",
-            r"blocks\.0\.blocks\.": "stages of blocks",
-            r"blocks\.\d+\.cross_attn": "cross attention",
-            r"blocks_token_only": "CaiT's class attention",
-            r"patch_embed\.(proj|conv)\.\d+\.": "a stem of several convolutions",
-        }
-        for pattern, what in known.items():
-            if any(re.match(pattern, key) for key in state):
-                return f"it has {what}, which vitkern has not"
+        """Relatives that share its names, but not its layers."""
+        start = tower(state)
+        for pattern, what in _RELATIVES.items():
+            found = re.compile(re.escape(start) + pattern)
+            key = next((key for key in state if found.match(key)), None)
+            if key:
+                return f"it has {what} ({key}), and no vitkern.ViT has"
         return None
 
     def described(self, state: State, config: Mapping[str, Any]) -> Fields:
-        """What config.json says, vitkern's own or timm's."""
+        """What config.json says, vitkern's own or timm's; or our own file's metadata."""
         own = from_json(config)
         if own is not None:
             return {**vars(ViTConfig()), **own}
         found: Fields = dict(config.get("model_args") or {})
-        if "global_pool" in config and config["global_pool"] is not None:
+        if config.get("global_pool") is not None:
             found["global_pool"] = config["global_pool"]
         images = config.get("pretrained_cfg") or {}
         if "input_size" in images:
@@ -95,3 +114,21 @@ class Timm(Format):
     def config_file(self, config: ViTConfig) -> dict[str, Any] | None:
         """As timm and vitkern read it."""
         return to_json(config)
+
+
+def tower(state: Mapping[str, Tensor]) -> str:
+    """What stands before the names of the one ViT of timm's names in here; "" if nothing does.
+
+    Raises:
+        CheckpointError: there are several, and none is the one to take.
+    """
+    end = re.compile(r"(.*?)patch_embed\.(proj|backbone)\.")
+    found = sorted({match[1] for key in state if (match := end.match(key))})
+    if "base_encoder." in found:  # MoCo's, beside the slow copy
+        return "base_encoder."
+    found = [one for one in found if any(key.startswith(one + "blocks.0.") for key in state)]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"there are several ViTs: {', '.join(found)}; give the tensors of one"
+        )
+    return found[0] if found else ""
