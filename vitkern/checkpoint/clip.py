@@ -138,7 +138,6 @@ class Clip(Format):
         found: Fields = {
             "norm_layer": ("layernorm", (vision.get("norm_kwargs") or {}).get("eps", 1e-5)),
             "global_pool": pool,
-            "fc_norm": pooled_first,
             **_images(config),
         }
         head_width = vision.get("head_width", 64 if model else _HEAD_WIDTHS.get(width, 64))
@@ -281,8 +280,6 @@ class ClipTrunk(Timm):
             found.setdefault("act_layer", "gelu")
         if vision.get("timm_pool"):
             found["global_pool"] = vision["timm_pool"]
-        if vision:
-            found["fc_norm"] = "fc_norm.weight" in state
         return {**found, **_images(config)}
 
     def unfit(self, config: ViTConfig) -> str | None:

@@ -143,7 +143,12 @@ class Google(Format):
         *_layer("pre_logits.fc", "pre_logits"),
         *_layer("head", "head"),
     )
-    fields: ClassVar[Fields] = {"norm_layer": ("layernorm", 1e-6), "pos_resample": "google"}
+    fields: ClassVar[Fields] = {
+        "norm_layer": ("layernorm", 1e-6),
+        "pos_resample": "google",
+        "mean": 0.5,  # images are scaled to [-1, 1]
+        "std": 0.5,
+    }
     dropped: ClassVar[dict[str, str]] = {
         r"(params/)?(txt|llm)/": "the text model",
         r"(params/)?[tb]$": "temperature or bias of the contrastive loss",
@@ -201,7 +206,7 @@ class Google(Format):
         pool = "map" if _POOL_QUERY in state else "token" if "cls" in state else "avg"
         if pool == "avg" and _text(state) == "llm":
             pool = ""  # PaliGemma reads every token
-        found: Fields = {"num_heads": heads, "global_pool": pool, "fc_norm": False}
+        found: Fields = {"num_heads": heads, "global_pool": pool}
         if heads * width != dim:
             found["dim_head"] = width
         if pool == "token" and "pos_embedding" in state:  # a square leaves none for the class token
