@@ -104,8 +104,17 @@ def _fold_final_norm(model: Any, shared: set[int]) -> None:
     """Into the head, or an attention pool's keys and values: whatever reads the norm's output."""
     if not plain(model.head_drop, nn.Dropout):
         return
+    readers = [model.head]
+    if isinstance(model.pre_logits, nn.Sequential):
+        if not plain(model.pre_logits, nn.Sequential):
+            return
+        readers = [model.pre_logits.fc]
+    elif not plain(model.pre_logits, nn.Identity):
+        return
+    elif model.config.distilled:
+        readers.append(model.head_dist)
     if plain(model.norm, nn.Identity):
-        _fold_norm(model.fc_norm, [model.head], shared)
+        _fold_norm(model.fc_norm, readers, shared)
     elif plain(model.attn_pool, AttentionPool):
         _fold_norm(model.norm, [model.attn_pool.kv], shared)
     elif (
@@ -113,7 +122,7 @@ def _fold_final_norm(model: Any, shared: set[int]) -> None:
         and model.global_pool in ("token", "avg", "")
         and plain(model.fc_norm, nn.Identity)
     ):
-        _fold_norm(model.norm, [model.head], shared)
+        _fold_norm(model.norm, readers, shared)
 
 
 def _fold_norm(norm: Any, layers: list[Any], shared: set[int]) -> None:

@@ -74,10 +74,10 @@ def forward_intermediates(
         )
     images = check_images(images, config)
     grid = model.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
-    stream, last = Stream(model.embed(images)), len(model.blocks) - 1
+    stream, bias, last = Stream(model.embed(images)), model.attn_bias(), len(model.blocks) - 1
     kept: list[Tensor] = []
     for i, block in enumerate(model.blocks):
-        stream = model.step(block, stream, i < last)
+        stream = model.step(block, stream, i < last, bias)
         if i in taken:
             kept.append(model.norm(stream.x) if norm else stream.x)
         if stop_early and i == max(taken):
@@ -100,24 +100,20 @@ def forward_intermediates(
 def attention_maps(model: Any, images: Tensor, layers: Iterable[int] | None) -> Tensor:
     """See `ViT.attention_maps`."""
     chosen = check_layers(layers, len(model.blocks))
-    kind, attention = model.config.block[0], model.config.attention[0]
-    if kind not in ("pre_norm", "res_post_norm") or attention != "attn":
-        raise ValueError(
-            f"attention_maps needs block_fn 'pre_norm' or 'res_post_norm' and attn_layer 'attn', "
-            f"got {kind!r} and {attention!r}"
-        )
     training = [module for module in model.modules() if module.training]
     maps: dict[int, Tensor] = {}
     try:
         for module in training:  # not by eval(): that of an adapter may merge its weights
             module.training = False
-        stream = Stream(model.embed(images))
+        stream, bias = Stream(model.embed(images)), model.attn_bias()
         for i, block in enumerate(model.blocks):
             if i in chosen:
-                maps[i] = block.attn.maps(block.norm1(stream.x) if kind == "pre_norm" else stream.x)
+                if not hasattr(block, "maps"):
+                    raise ValueError(f"block {i}, a {type(block).__name__}, has no attention maps")
+                maps[i] = block.maps(stream.x, *(() if bias is None else (bias,)))
             if i == max(chosen):
                 break
-            stream = model.step(block, stream, False)
+            stream = model.step(block, stream, attn_bias=bias)
     finally:
         for module in training:
             module.training = True

@@ -24,24 +24,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitkern import intermediates, surgery
-from vitkern.block import AttentionPool, Block
+from vitkern.block import AttentionPool, Block, make_block
 from vitkern.config import WEIGHT_INITS, ViTConfig, check_arguments
 from vitkern.embed import HybridEmbed, PatchEmbed, check_images, make_patch_embed, mirror
 from vitkern.fused import Stream
 from vitkern.intermediates import refuse_masks
 from vitkern.kernels.patch_embed.reference import assemble
 from vitkern.layers import NORMS, make_norm, plain
+from vitkern.rel_pos import make_rel_pos
 from vitkern.surgery import fit_weights
 from vitkern.tokens import AttentionPoolPrr, PatchDropout, pool_tokens
 from vitkern.weights import draw_weights, resample_pos_embed
-
-
-try:
-    from vitkern.block import make_block
-except ImportError:  # TEMPORARY
-
-    def make_block(config: ViTConfig, index: int, rate: float, **dd: Any) -> nn.Module:  # type: ignore
-        return Block(config, rate, **dd)
 
 
 class ViT(nn.Module):
@@ -52,6 +45,9 @@ class ViT(nn.Module):
     Raises:
         TypeError, ValueError: an argument that is unknown, unsupported or makes no sense.
     """
+
+    head: nn.Module
+    head_dist: nn.Module  # of the distillation token, if there is one
 
     def __init__(
         self,
@@ -86,6 +82,7 @@ class ViT(nn.Module):
 
         positions = grid[0] * grid[1] + config.num_pos_prefix
         self.patch_embed = make_patch_embed(config, **dd)
+        self.shared_rel_pos = make_rel_pos(config, **dd) if config.shared_rel_pos else None
         self.cls_token = token(int(config.class_token))
         self.reg_token = token(config.reg_tokens)
         self.pos_embed = token(positions if config.pos_embed == "learn" else 0)
@@ -162,31 +159,44 @@ class ViT(nn.Module):
 
     def _run_blocks(self, x: Tensor, class_token_only: bool = False) -> Tensor:
         """All tokens after the blocks; of the last one only the first token, if that is enough."""
-        save_memory = self.grad_checkpointing and self.training
-        if not (save_memory or plain(self.blocks, nn.Sequential)):
+        save_memory, bias = self.grad_checkpointing and self.training, self.attn_bias()
+        if not (save_memory or bias is not None or plain(self.blocks, nn.Sequential)):
             return self.blocks(x)
         stream, last = Stream(x), len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            stream = self.step(block, stream, i < last, class_token_only and i == last)
+            stream = self.step(block, stream, i < last, bias, class_token_only and i == last)
         return stream.x
 
+    def attn_bias(self) -> Tensor | None:
+        """What all blocks add to the logits of attention, [1, H, T + N, T + N]; None for nothing.
+
+        Once a forward pass: in training it is random.
+        """
+        return None if self.shared_rel_pos is None else self.shared_rel_pos()
+
     def step(
-        self, block: Any, stream: Stream, need_stats: bool, class_token_only: bool = False
+        self,
+        block: Any,
+        stream: Stream,
+        need_stats: bool = False,
+        attn_bias: Tensor | None = None,
+        class_token_only: bool = False,
     ) -> Stream:
         """The stream after one block.
 
         need_stats: with the statistics that its last product leaves for the next block's norm.
         """
-        save_memory = self.grad_checkpointing and self.training
-        if plain(block, Block) and not class_token_only:
-            if save_memory:
-                after: Stream = checkpoint(block.run, stream, need_stats, use_reentrant=False)
-                return after
-            return block.run(stream, need_stats)
-        function: Any = block.class_token if plain(block, Block) else block
-        if save_memory:
-            return Stream(checkpoint(function, stream.x, use_reentrant=False))
-        return Stream(function(stream.x))
+        function: Any = block
+        extra = () if attn_bias is None else (attn_bias,)
+        start: tuple[Any, ...] = (stream.x,)
+        if plain(block, Block):
+            function = block.class_token if class_token_only else block.run
+            start = start if class_token_only else (stream, need_stats)
+        if self.grad_checkpointing and self.training:
+            after = checkpoint(function, *start, *extra, use_reentrant=False)
+        else:
+            after = function(*start, *extra)
+        return after if isinstance(after, Stream) else Stream(after)
 
     def _class_token_problem(self) -> str | None:
         """Why the last block has to compute more than the class token."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vitkern.intermediates import check_indices
+from vitkern.rel_pos import RelPosBias, RelPosMlp
 from vitkern.weights import fit_pos_embed, resample_patch_embed, resample_pos_embed
 
 
@@ -61,6 +62,9 @@ def set_input_size(model: Any, img_size: Any, patch_size: Any) -> None:
     if positions is not None and grid != old_grid:
         new = resample_pos_embed(positions, grid, old_grid, kept, mode=config.pos_resample)
         model.pos_embed = nn.Parameter(new, requires_grad=positions.requires_grad)
+    for module in model.modules():
+        if isinstance(module, (RelPosBias, RelPosMlp)):
+            module.set_window_size(grid)
     model.config = config
     for info in model.feature_info:
         info["reduction"] = max(config.stride)
@@ -80,10 +84,11 @@ def fit_weights(
         kept, mode = config.num_pos_prefix, config.pos_resample
         state_dict[key] = fit_pos_embed(key, given, config.grid_size, old_grid, kept, mode)
     key = prefix + "patch_embed.proj.weight"
-    given, proj = state_dict.get(key), getattr(model.patch_embed, "proj", None)
-    fits = given is not None and given.dim() == 4 and isinstance(proj, nn.Conv2d)
-    if fits and given.shape[:2] == proj.weight.shape[:2]:
-        state_dict[key] = resample_patch_embed(given, config.patch_size)
+    proj = getattr(model.patch_embed, "proj", None)
+    if isinstance(proj, nn.Conv2d) and key in state_dict:
+        given = state_dict[key]
+        if given.dim() == 4 and given.shape[:2] == proj.weight.shape[:2]:
+            state_dict[key] = resample_patch_embed(given, config.patch_size)
 
 
 def prune(
