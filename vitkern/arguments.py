@@ -84,11 +84,14 @@ BACKBONES = {
 
 
 def similar(name: str, known: Iterable[str]) -> str:
-    """End of an error about an unknown name: close ones, or all."""
+    """End of an error about an unknown name: longer ones, close ones, or all if they are few."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
+    close = [k for k in known if name and k.startswith(name)][:3]
+    close = close or difflib.get_close_matches(name, known, n=3)
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
+    if len(known) > 100:
+        return f"; expected one of {len(known)} names such as {', '.join(known[:3])}"
     return f"; expected one of {', '.join(known)}"
 
 

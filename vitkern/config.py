@@ -279,13 +279,16 @@ class ViTConfig:
             TypeError: unknown argument.
         """
         if overrides.pop("pretrained", False):
-            raise ValueError(f"pretrained=True: {_NO_DOWNLOAD}")
+            base, _, tag = name.partition(".")
+            raise ValueError(f"pretrained=True: {_no_download(base, tag or 'TAG')}")
         if name not in PRESETS:
             base, _, tag = name.partition(".")
             if base in REFUSED:
                 raise ValueError(f"model {name!r} is not built: {REFUSED[base]}")
             if tag and base in PRESETS:
-                raise ValueError(f"model {name!r} asks for weights ({tag!r}): {_NO_DOWNLOAD}")
+                raise ValueError(
+                    f"model {name!r} asks for weights ({tag!r}): {_no_download(base, tag)}"
+                )
             raise ValueError(f"unknown model {name!r}{read.similar(base, PRESETS)}")
         check_arguments(overrides)
         return cls(**preset(name, **overrides))
@@ -376,7 +379,8 @@ def check_arguments(arguments: Iterable[str]) -> None:
             raise TypeError(f"unknown argument {name!r}{read.similar(name, known)}")
 
 
-_NO_DOWNLOAD = (
-    "vitkern downloads nothing. Create the model by its name and load the weights with "
-    "model.load_state_dict(...), which takes timm's state dicts as they are"
-)
+def _no_download(base: str, tag: str) -> str:
+    return (
+        f"a name gets weights drawn at random. vitkern.ViT.from_pretrained('timm/{base}.{tag}') "
+        f"fetches timm's from the Hugging Face Hub, and vitkern.load(path) reads a file"
+    )

@@ -142,9 +142,22 @@ def resolve(config: ViTConfig | str) -> ViTConfig:
     """The config itself, or that of timm's name.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; a network with parts that the formulas here don't count.
     """
-    return ViTConfig.from_name(config) if isinstance(config, str) else config
+    config = ViTConfig.from_name(config) if isinstance(config, str) else config
+    for name in _UNCOUNTED:
+        value = getattr(config, name)
+        if value != getattr(_DEFAULT, name):
+            raise ValueError(f"the roofline doesn't count {name}={value!r}")
+    return config
+
+
+_DEFAULT = ViTConfig()
+_UNCOUNTED = (
+    *("embed_layer", "embed_norm_layer", "patch_norm", "block_fn", "attn_layer", "rel_pos"),
+    *("scale_attn_norm", "scale_mlp_norm", "dim_head", "representation_size", "distilled"),
+    "patch_drop_rate",
+)
 
 
 def one_of(name: str, value: str, known: Iterable[str]) -> None:
