@@ -37,6 +37,9 @@ TEXT = {
 }
 
 
+TOWER = "vision_model."
+
+
 @pytest.fixture(scope="module")
 def hf() -> Iterator[Any]:
     """transformers, which mistakes our folder kernels/ for a package of its own dependencies."""
@@ -122,14 +125,17 @@ SHIFTED = {"cls_token", "pos_embed", "head.bias"}
 
 
 def back(
-    model: vitkern.ViT, path: Path, format: str, theirs: dict[str, Tensor], ignored: str = "pooler"
+    model: vitkern.ViT, path: Path, format: str, theirs: dict[str, Tensor], prefix: str = ""
 ) -> None:
-    """Written again: the same names, the same bits."""
+    """Written again: the same names, the same bits.
+
+    prefix: what transformers 4 has before the names of a tower alone, and 5 reads, too.
+    """
     save(model, path, format)
     from safetensors.torch import load_file
 
     written = load_file(path / "model.safetensors")
-    kept = {key: value for key, value in theirs.items() if not key.startswith(ignored)}
+    kept = {prefix + key: value for key, value in theirs.items() if not key.startswith("pooler")}
     assert sorted(written) == sorted(kept)
     for key, value in kept.items():
         assert torch.equal(written[key], value), key
@@ -297,6 +303,7 @@ def test_vit_without_its_config(hf: Any, tmp_path: Path) -> None:
     """eps is theirs, and it is said that nothing told it."""
     source = drawn(hf.ViTForImageClassification(hf.ViTConfig(**SQUARE, num_labels=5)))
     saved(source, tmp_path)
+    assert not understand(tmp_path).assumed
     (tmp_path / "config.json").unlink()
     found = understand(tmp_path / "model.safetensors", num_heads=3)
     assert found.config.norm_layer == ("layernorm", 1e-12)
@@ -374,6 +381,41 @@ def test_dinov2_of_hugging_face(hf: Any, tmp_path: Path, kind: str, gated: bool)
     assert "2 D wide" in found.dropped["classifier.weight"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_relative_position_bias": True},
+        {"use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0},
+        {"use_absolute_position_embeddings": True, "use_mean_pooling": False},
+        {"use_relative_position_bias": True, "use_absolute_position_embeddings": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["Beit", "Data2VecVision"])
+def test_beit_of_hugging_face(hf: Any, tmp_path: Path, kind: str, options: Any) -> None:
+    """Tables of each block or of all, absolute positions, both pools, keys without a bias."""
+    settings = {**SQUARE, "layer_norm_eps": 1e-3, "num_labels": 5, "drop_path_rate": 0.0}
+    config = getattr(hf, kind + "Config")(**settings, **options)
+    source = drawn(getattr(hf, kind + "ForImageClassification")(config))
+    x = images((32, 32))
+    model = same(source, logits, saved(source, tmp_path), x)
+    assert model.config.norm_layer == ("layernorm", 1e-3)
+    mean = config.use_mean_pooling
+    assert model.config.global_pool == ("avg" if mean else "token")
+    facts = {"num_heads": 3, "norm_layer": ("layernorm", 1e-3)}
+    close(load(source.state_dict(), **facts).eval()(x), logits(source, x))
+
+
+def test_beits_that_are_refused(hf: Any, tmp_path: Path) -> None:
+    both = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+    twice = hf.BeitModel(hf.BeitConfig(**SQUARE, **both))
+    with pytest.raises(CheckpointError, match="two tables"):
+        load(twice.state_dict())
+    oblong = hf.BeitModel(hf.BeitConfig(**VIT, use_relative_position_bias=True))
+    with pytest.raises(CheckpointError, match="square"):
+        load(saved(oblong, tmp_path))
+
+
 def test_clip_of_hugging_face(hf: Any, tmp_path: Path) -> None:
     settings = {**SQUARE, "layer_norm_eps": 1e-3, "projection_dim": 12}
     tower = drawn(hf.CLIPVisionModel(hf.CLIPVisionConfig(**settings)))
@@ -381,7 +423,7 @@ def test_clip_of_hugging_face(hf: Any, tmp_path: Path) -> None:
     model = same(tower, pooled, saved(tower, tmp_path / "tower"), x)
     assert model.config.act_layer == "quick_gelu"
     assert model.config.pre_norm
-    back(model, tmp_path / "ours", "huggingface-clip", files(tmp_path / "tower"))
+    back(model, tmp_path / "ours", "huggingface-clip", files(tmp_path / "tower"), TOWER)
     again = hf.CLIPVisionModel.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(pooled(again, x), pooled(tower, x))
     named = {f"vision_model.{key}": v for key, v in tower.state_dict().items()}  # transformers 4
@@ -436,7 +478,7 @@ def test_siglip_of_hugging_face(hf: Any, tmp_path: Path) -> None:
     assert model.config.act_layer == "gelu_tanh"
     assert model.config.global_pool == "map"
     close(model.forward_features(x), tower(x).last_hidden_state)
-    back(model, tmp_path / "ours", "huggingface-siglip", files(tmp_path / "tower"))
+    back(model, tmp_path / "ours", "huggingface-siglip", files(tmp_path / "tower"), TOWER)
     again = hf.SiglipVisionModel.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(pooled(again, x), pooled(tower, x))
     bare = drawn(hf.SiglipVisionModel(hf.SiglipVisionConfig(**settings, vision_use_head=False)))
@@ -507,6 +549,7 @@ def test_a_missing_and_an_extra_tensor(hf: Any, tmp_path: Path) -> None:
         ("huggingface-clip", {"img_size": (16, 24)}, "img_size"),
         ("huggingface-siglip", {"num_classes": 0}, "global_pool|class_token"),
         ("huggingface-aimv2", {}, "read"),
+        ("huggingface-beit", {}, "read"),
         ("vit-pytorch", {}, "norm_layer"),
         ("torchvision", {"qkv_bias": False}, "qkv_bias"),
     ],

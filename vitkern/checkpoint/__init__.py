@@ -28,6 +28,7 @@ from vitkern.checkpoint.beit import Beit
 from vitkern.checkpoint.clip import Clip, ClipTrunk
 from vitkern.checkpoint.dinov2 import Dinov2
 from vitkern.checkpoint.google import Google
+from vitkern.checkpoint.hf_beit import HuggingFaceBeit
 from vitkern.checkpoint.hf_dinov2 import HuggingFaceDinov2
 from vitkern.checkpoint.hf_towers import HuggingFaceAimv2, HuggingFaceClip, HuggingFaceSiglip
 from vitkern.checkpoint.huggingface import HuggingFace
@@ -46,6 +47,7 @@ __all__ = [
 FORMATS: tuple[Format, ...] = (
     Torchvision(),
     HuggingFaceDinov2(),
+    HuggingFaceBeit(),
     HuggingFace(),
     HuggingFaceClip(),
     HuggingFaceSiglip(),
@@ -150,7 +152,7 @@ def _understood(source: Source, format: Format, overrides: Fields) -> Checkpoint
     dropped = {**source.dropped, **_dropped(left, format)}
     seen = infer(found, hints)
     for key in ("num_classes", "img_size", "in_chans", "patch_size"):  # tensors know better
-        if seen[key] is not None and told.get(key) != seen[key]:
+        if seen.get(key) is not None and told.get(key) != seen[key]:
             told.pop(key, None)
     own, assumed = completed(seen, told, defaults, source.config.get("architecture"))
     try:

@@ -78,6 +78,7 @@ class HuggingFaceDinov2(Format):
             }
         ),
     )
+    fields: ClassVar[Fields] = {"global_pool": "token"}
     dropped: ClassVar[dict[str, str]] = {
         r"embeddings\.mask_token": "it stands in for masked patches, in pre-training only",
         r"classifier\..*": "it reads the class token beside the mean of the patches, 2 D wide",

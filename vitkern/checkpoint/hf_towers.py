@@ -163,8 +163,8 @@ class HuggingFaceClip(_Tower):
         """What config.json says; how a classifier pools."""
         found = super().described(state, config)
         if "unread.post_layernorm.weight" in state:
-            found.update(global_pool="avg", final_norm=False, fc_norm=False)
-        return found
+            return {**found, "global_pool": "avg", "final_norm": False, "fc_norm": False}
+        return {**found, "global_pool": "token"}
 
     def unfit(self, config: ViTConfig) -> str | None:
         """A tower with a norm before the blocks, and one token."""
@@ -184,11 +184,8 @@ class HuggingFaceClip(_Tower):
             raise CheckpointError(f"{self.title} has no place for head.bias, unless it is zero")
         found = super().written(state, config)
         projection = found.pop("classifier.weight", None)
-        # A tower alone has no prefix in transformers 5; version 4 finds the names all the same.
-        if projection is None:
-            return found
-        named = {"vision_model." + key: value for key, value in found.items()}
-        return {**named, "visual_projection.weight": projection}
+        named = _prefixed(found)
+        return named if projection is None else {**named, "visual_projection.weight": projection}
 
     def config_file(self, config: ViTConfig) -> dict[str, Any] | None:
         """For `from_pretrained` of the class named under "architectures"."""
@@ -288,7 +285,7 @@ class HuggingFaceSiglip(_Tower):
         for kind in ("weight", "bias"):
             parts = [found.pop(f"head.attention.{name}.{kind}") for name in ("q", "kv")]
             found[f"head.attention.in_proj_{kind}"] = torch.cat(parts)
-        return found
+        return _prefixed(found)
 
     def config_file(self, config: ViTConfig) -> dict[str, Any] | None:
         """For `SiglipVisionModel.from_pretrained`."""
@@ -363,7 +360,12 @@ class HuggingFaceAimv2(_Tower):
 
     def unfit(self, config: ViTConfig) -> str | None:
         """Read only."""
-        return "files of this kind are read, not written"
+        return "files of this kind, which are read, not written"
+
+
+def _prefixed(state: State) -> State:
+    """As transformers 4 has a tower's names; version 5 has none in front, but finds these, too."""
+    return {"vision_model." + key: value for key, value in state.items()}
 
 
 def _square(config: ViTConfig) -> str | None:

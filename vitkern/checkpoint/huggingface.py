@@ -125,9 +125,9 @@ class HuggingFace(Format):
             **read_config(config, eps=_default_eps(config), act="gelu"),
             **read_images(config, usual, weight),
         }
-        if "embeddings.cls_token" not in state:
-            found.update(global_pool="avg", fc_norm=False)
-        return found
+        if "embeddings.cls_token" in state:
+            return {**found, "global_pool": "token"}
+        return {**found, "global_pool": "avg", "fc_norm": False}
 
     def defaults(self, state: State, config: Mapping[str, Any]) -> Fields:
         """eps of every one of them but MSN."""

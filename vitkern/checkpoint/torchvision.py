@@ -37,7 +37,12 @@ class Torchvision(Format):
             }
         ),
     )
-    fields: ClassVar[Fields] = {"norm_layer": ("layernorm", 1e-6), "pos_resample": "torchvision"}
+    fields: ClassVar[Fields] = {
+        "norm_layer": ("layernorm", 1e-6),
+        "act_layer": "gelu",
+        "global_pool": "token",
+        "pos_resample": "torchvision",
+    }
 
     def recognises(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
         """By the names of its first layer and of its blocks."""
