@@ -87,6 +87,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "swiglu": {"mlp_layer": "swiglu", "act_layer": "silu"},
     "swiglu_packed": {"mlp_layer": "swiglu_packed", "act_layer": "quick_gelu"},
     "rms": {"norm_layer": "rmsnorm", "global_pool": "avg"},
+    "prr": {"global_pool": "prr", "representation_size": 16, "patch_drop_rate": 0.3},
 }
 
 
