@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -368,6 +369,10 @@ def test_shared_relative_positions(rel_pos: str, images: Tensor) -> None:
     torch.testing.assert_close(maps.sum(-1), torch.ones(3, 2, 4, 13))
 
 
+def intermediates(images: Tensor, model: Any) -> Any:
+    return model.forward_intermediates(images, 1)
+
+
 def test_a_hybrid_has_the_same_surface() -> None:
     name, arguments = "vit_tiny_r_s16_p8_224", {"img_size": 64, "depth": 2, "num_classes": 5}
     torch.manual_seed(0)
@@ -378,7 +383,7 @@ def test_a_hybrid_has_the_same_surface() -> None:
         for model in (theirs, ours):
             model.set_input_size(**sizes)
         images = torch.randn(2, 3, *ours.config.img_size)
-        assert_equal(theirs, ours, lambda model, x=images: model.forward_intermediates(x, 1))
+        assert_equal(theirs, ours, partial(intermediates, images))
     assert ours.feature_info[0]["reduction"] == 16
     model = vitkern.ViT.from_config(ours.config)
     model.load_state_dict(ours.state_dict(), strict=True)
