@@ -68,6 +68,7 @@ class Block(nn.Module):
         super().__init__()
         dim, scale = config.embed_dim, config.init_values
         self.impl, self.save = config.implementations, config.save or ""
+        self.own_dtype = config.residual_dtype is not None
         self.norm1 = make_norm(config, dim, product=True, **dd)
         self.attn = make_attention(config, index, **dd)
         self.ls1 = LayerScale(dim, scale, **dd) if scale else nn.Identity()
@@ -90,6 +91,7 @@ class Block(nn.Module):
         self, stream: Stream, need_stats: bool = False, attn_bias: Tensor | None = None
     ) -> Stream:
         """The stream [B, N, D] after this block, with its rows' statistics if a norm reads them."""
+        stream = stream._replace(x=self.widened(stream.x))
         biased = None if attn_bias is None else BIASED
         attention, mlp = self.attention_problem() or biased, self.mlp_problem()
         for half, problem in (("attention half", attention), ("MLP half", mlp)):
@@ -99,6 +101,10 @@ class Block(nn.Module):
             return Stream(self.by_modules(stream.x, attn_bias))
         stream = self.attention_half(stream, not mlp, problem=attention, attn_bias=attn_bias)
         return self.mlp_half(stream, need_stats, problem=mlp)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """The stream in the dtype that it will have."""
+        return x if self.own_dtype else widened(x, self._modules["ls1"])
 
     def attention_half(
         self,
@@ -201,6 +207,7 @@ class Block(nn.Module):
 
         What a classifier reads of the last block, for a sixth of that block's FLOPs (B/16).
         """
+        x = self.widened(x)
         attn, norm, own = self.attn, norm_of(self.norm1), x[:, :1]
         dtype = product_dtype(x, attn.qkv.weight)
         weight, bias = linear_of(attn.qkv)
@@ -258,6 +265,16 @@ class Block(nn.Module):
     ) -> Tensor:
         """x + drop_path(ls(branch)), or with `factor` in place of what drop_path would draw."""
         return add_branch(x, branch, ls, drop_path, self.impl["residual_add"], factor)
+
+
+def widened(x: Tensor, ls: Any) -> Tensor:
+    """The stream before a branch with this LayerScale, in the dtype of their sum in eager.
+
+    Under autocast tokens without positions may be 16 bit, and a float32 LayerScale widens them.
+    """
+    if isinstance(ls, LayerScale) and ls.gamma.dtype != x.dtype:
+        return x.to(torch.promote_types(x.dtype, ls.gamma.dtype))
+    return x
 
 
 def add_branch(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkern import kernels as ops
-from vitkern.block import add_branch, asked_problem, given, joint_of, joint_problem
+from vitkern.block import add_branch, asked_problem, given, joint_of, joint_problem, widened
 from vitkern.branches import (
     Attention,
     DiffAttention,
@@ -92,7 +92,8 @@ class ResPostBlock(nn.Module):
         """x + branch(x), of the samples that stochastic depth keeps if it is to skip the others."""
 
         def half(stream: Stream, _: bool, __: None, factor: Tensor | None = None) -> Stream:
-            y = branch(stream.x)
+            x = stream.x
+            y = branch(x.to(product_dtype(x, self.norm1.weight)) if self.own_dtype else x)
             return Stream(add_branch(stream.x, y, nn.Identity(), drop_path, self.impl, factor))
 
         if kept(drop_path):
@@ -110,6 +111,7 @@ class ParallelThingsBlock(nn.Module):
         super().__init__()
         self.impl = config.implementations
         self.asked = asked_problem(self.impl)
+        self.own_dtype = config.residual_dtype is not None
         dim, scale = config.embed_dim, config.init_values
 
         def branch(name: str, part: nn.Module) -> nn.Sequential:
@@ -133,6 +135,8 @@ class ParallelThingsBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
+        if not self.own_dtype:
+            x = widened(x, getattr(self.attns[0], "ls", None))
         for what, branches in (("attention branch", self.attns), ("MLP branch", self.ffns)):
             total = x
             for branch in branches:
@@ -156,9 +160,10 @@ class ParallelThingsBlock(nn.Module):
         """total + branch(x), of the samples that stochastic depth keeps if it is to skip others."""
         if not plain(branch, nn.Sequential):
             return ops.residual_add(total, branch(x), impl=self.impl["residual_add"])
-        if not kept(branch[-1]):
+        drop_path: Any = branch[-1]
+        if not kept(drop_path):
             return self._onto(total, x, branch, problem, None)
-        index, factor = branch[-1].choose(x)
+        index, factor = drop_path.choose(x)
         if index is None:
             return self._onto(total, x, branch, problem, factor)
         after = self._onto(
@@ -205,6 +210,7 @@ class ParallelScalingBlock(nn.Module):
         dim, hidden, bias = config.embed_dim, config.hidden_dim, config.proj_bias
         self.impl, self.split = config.implementations, [hidden, 3 * dim]
         self.asked = asked_problem(self.impl)
+        self.own_dtype = config.residual_dtype is not None
         self.in_norm = make_norm(config, dim, product=True, **dd)
         self.in_proj = nn.Linear(dim, hidden + 3 * dim, bias=config.qkv_bias, **dd)
         # As in timm, the MLP has a bias even if queries, keys and values have none.
@@ -257,6 +263,7 @@ class ParallelScalingBlock(nn.Module):
         """[B, N, D] -> [B, N, D]."""
         problem = self.problem()
         drop_path: Any = self.drop_path
+        x = x if self.own_dtype else widened(x, self.ls)
         note("block", "module by module" if problem else "op by op", problem or ONTO)
         if kept(drop_path):
             after: Stream = drop_path.on_subset(Stream(x), self._half, problem)

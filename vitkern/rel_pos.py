@@ -114,8 +114,10 @@ class RelPosBias(_RelPos):
         return math.prod(self.window_size) + self.prefix_tokens
 
     def reset_parameters(self) -> None:
-        """Small random numbers."""
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        """Normal numbers, drawn as timm draws them, so that one seed gives the same in both."""
+        with torch.no_grad():
+            table = self.relative_position_bias_table.uniform_(-1, 1).erfinv_()
+            table.mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
         self.init_non_persistent_buffers()
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
