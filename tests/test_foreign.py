@@ -294,6 +294,9 @@ def test_relatives_of_vit(hf: Any, tmp_path: Path) -> None:
     order = torch.linspace(0, 1, 16).expand(3, -1)  # nothing masked, nothing shuffled
     x = images((32, 32))
     close(load(tmp_path / "mae").eval()(x), mae.vit(x, noise=order).last_hidden_state[:, 0])
+    simmim = hf.ViTForMaskedImageModeling(hf.ViTConfig(**SQUARE, encoder_stride=8))
+    dropped = understand(simmim.state_dict(), num_heads=3).dropped
+    assert sorted(dropped) == ["decoder.0.bias", "decoder.0.weight", "embeddings.mask_token"]
     jepa = drawn(hf.IJepaModel(hf.IJepaConfig(**VIT)))
     tokens = load(saved(jepa, tmp_path / "jepa")).eval().forward_features(images())
     close(tokens, jepa(images()).last_hidden_state)
@@ -318,6 +321,13 @@ def test_vit_without_its_config(hf: Any, tmp_path: Path) -> None:
     assert model.config.num_heads == 2
 
 
+def test_vit_whose_heads_are_wider(hf: Any, tmp_path: Path) -> None:
+    """Only transformers 5 has head_dim, so this is read and not written."""
+    source = drawn(hf.ViTForImageClassification(hf.ViTConfig(**SQUARE, head_dim=20)))
+    model = same(source, logits, saved(source, tmp_path), images((32, 32)))
+    assert model.config.dim_head == 20
+
+
 def test_pooler_is_dropped_with_a_reason(hf: Any) -> None:
     source = hf.ViTModel(hf.ViTConfig(**SQUARE))
     found = understand(source.state_dict(), num_heads=3)
@@ -336,19 +346,27 @@ def test_images_are_normalised_as_the_processor_says(hf: Any, tmp_path: Path) ->
     assert config.std == (0.4, 0.5, 0.6)
 
 
-@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "Dinov2WithRegisters", "IJepa"])
+RESIZED = ["ViT", "DeiT", "IJepa", "Dinov2", "Dinov2WithRegisters", "CLIPVision", "SiglipVision"]
+
+
+@pytest.mark.parametrize("kind", [*RESIZED, "Beit"])
 def test_positions_of_hugging_face_are_resized_as_there(hf: Any, tmp_path: Path, kind: str) -> None:
-    dino = kind.startswith("Dino")
-    sizes = {**SQUARE, **({"mlp_ratio": 2} if dino else {})}
-    settings = getattr(hf, kind + "Config")(**sizes)
-    source = drawn(getattr(hf, kind + "Model")(settings))
+    """To a larger image that isn't square, at once and for each image."""
+    sizes: dict[str, Any] = dict(SQUARE)
+    options = {"interpolate_pos_encoding": True}
+    if kind.startswith("Dino"):
+        sizes, options = {**sizes, "mlp_ratio": 2}, {}
+    if kind == "Beit":
+        sizes, options = {**sizes, "use_absolute_position_embeddings": True}, {}
+    source = drawn(getattr(hf, kind + "Model")(getattr(hf, kind + "Config")(**sizes)))
     x = images((48, 40))
-    options = {} if dino else {"interpolate_pos_encoding": True}
-    expected = source(x, **options).last_hidden_state
+    found = source(x, **options)
+    tower = kind.endswith("Vision") or kind == "Beit"
+    expected = found.pooler_output if tower else found.last_hidden_state
     model = load(saved(source, tmp_path), img_size=(48, 40)).eval()
-    close(model.forward_features(x), expected)
+    close(model(x) if tower else model.forward_features(x), expected)
     dynamic = load(tmp_path, dynamic_img_size=True).eval()
-    close(dynamic.forward_features(x), expected)
+    close(dynamic(x) if tower else dynamic.forward_features(x), expected)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -492,6 +510,21 @@ def test_siglip_of_hugging_face(hf: Any, tmp_path: Path) -> None:
     same(classes, logits, saved(classes, tmp_path / "classes"), x)
 
 
+def test_what_a_config_leaves_out_is_its_class_default(hf: Any, tmp_path: Path) -> None:
+    """Files on the hub have a vision_config of nothing but its kind."""
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1}
+    text = {**TEXT, "projection_size": 48}
+    both = drawn(hf.SiglipModel(hf.SiglipConfig(vision_config=sizes, text_config=text)))
+    saved(both, tmp_path)
+    sparse = '{"model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model"}}'
+    (tmp_path / "config.json").write_text(sparse)
+    model = load(tmp_path).eval()
+    assert model.config.num_heads == 12
+    assert model.config.act_layer == "gelu_tanh"
+    x = images((224, 224))
+    close(model(x), pooled(both.vision_model, x))
+
+
 def test_aimv2_of_hugging_face(hf: Any, tmp_path: Path) -> None:
     settings = {**SQUARE, "rms_norm_eps": 1e-3, "use_head": False}
     tower = drawn(hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**settings)))
@@ -500,6 +533,11 @@ def test_aimv2_of_hugging_face(hf: Any, tmp_path: Path) -> None:
     assert model.config.norm_layer == ("rmsnorm", 1e-3)
     headed = hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**{**settings, "use_head": True}))
     assert "head.cls_token" in understand(headed.state_dict(), num_heads=3).dropped
+    vision = {**settings, "use_head": True}
+    both = hf.Aimv2Model(hf.Aimv2Config(vision_config=vision, text_config=TEXT))
+    dropped = understand(saved(both, tmp_path / "both")).dropped
+    assert "text" in dropped["text_projection.weight"]
+    assert "visual_projection.weight" in dropped
     native = hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**settings, is_native=True))
     with pytest.raises(CheckpointError, match="native"):
         load(native.state_dict())
