@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from vitkern.checkpoint._complete import AMBIGUOUS, USUAL, completed
 from vitkern.checkpoint._files import Source, read
 from vitkern.checkpoint._fit import fit
-from vitkern.checkpoint._infer import AMBIGUOUS, USUAL, completed, infer
+from vitkern.checkpoint._infer import infer
 from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
 from vitkern.checkpoint._write import write
 from vitkern.checkpoint.aimv2 import Aimv2
@@ -39,8 +40,16 @@ from vitkern.config import ViTConfig, check_arguments
 from vitkern.model import ViT
 
 __all__ = [
-    *("FORMATS", "Checkpoint", "CheckpointError", "Format", "Source"),
-    *("detect", "load", "read", "save", "understand"),
+    "FORMATS",
+    "Checkpoint",
+    "CheckpointError",
+    "Format",
+    "Source",
+    "detect",
+    "load",
+    "read",
+    "save",
+    "understand",
 ]
 
 # In the order of detection: the more particular before those that would take its names, too.
@@ -73,6 +82,7 @@ class Checkpoint:
     format: whose it is. fields: of `ViTConfig`. state: tensors under our names, which are timm's.
     dropped: key -> why it is of no use here. assumed: field -> why, where nothing told it.
     fresh: names of tensors that the checkpoint can't give, as those of a head of another width.
+    names: timm's, of models with these shapes; sizes of image, input and head may differ.
     """
 
     format: Format
@@ -81,6 +91,7 @@ class Checkpoint:
     dropped: dict[str, str]
     assumed: dict[str, str]
     fresh: tuple[str, ...]
+    names: tuple[str, ...]
     source: Source
 
     @property
@@ -154,7 +165,7 @@ def _understood(source: Source, format: Format, overrides: Fields) -> Checkpoint
     for key in ("num_classes", "img_size", "in_chans", "patch_size"):  # tensors know better
         if seen.get(key) is not None and told.get(key) != seen[key]:
             told.pop(key, None)
-    own, assumed = completed(seen, told, defaults, source.config.get("architecture"))
+    own, assumed, names = completed(seen, told, defaults, _called(source))
     try:
         native = ViTConfig(**own)
     except (TypeError, ValueError) as error:
@@ -165,8 +176,23 @@ def _understood(source: Source, format: Format, overrides: Fields) -> Checkpoint
     for field in changes:
         assumed.pop(field, None)
     return Checkpoint(
-        format, dict(vars(target)), found, {**dropped, **gone}, assumed, fresh, source
+        format=format,
+        fields=dict(vars(target)),
+        state=found,
+        dropped={**dropped, **gone},
+        assumed=assumed,
+        fresh=fresh,
+        names=tuple(names),
+        source=source,
     )
+
+
+def _called(source: Source) -> str | None:
+    """What the source calls its architecture, or its file is called: "vit_base_patch16_224.pth"."""
+    named = source.config.get("architecture")
+    if isinstance(named, str) or source.path is None:
+        return named
+    return source.path.name.partition(".")[0]
 
 
 def _dropped(left: State, format: Format) -> dict[str, str]:
@@ -212,9 +238,12 @@ def load(
 ) -> ViT:
     """The model of a checkpoint, whosever it is, with the same logits as its own library gives.
 
+    It is in training mode, as a new model is.
+
     Args:
         path_or_state: a file (safetensors, torch.save, .npz), a folder (Hugging Face's, timm's,
             open_clip's, vitkern's), or a state dict in memory, whose tensors are copied.
+            Averaged weights (EMA) come first where a training checkpoint has both.
         device: of the parameters.
         dtype: of the parameters; None for PyTorch's default, float32, whatever the file has: half
             precision is widened, as in timm.
@@ -245,6 +274,8 @@ def load(
         text = "; ".join(f"{f}={found.fields[f]!r} ({found.assumed[f]})" for f in guessed)
         warnings.warn(f"nothing in {found.source} tells {text}; say it to load()", stacklevel=2)
     own = model.state_dict()
+    if next(model.parameters()).is_meta:
+        return model  # a shape of a model, which has no place for numbers
     model.load_state_dict({**{name: own[name] for name in found.fresh}, **found.state})
     return model
 
@@ -271,14 +302,14 @@ def save(model: ViT, path: str | os.PathLike[str], format: str = "timm") -> Path
     """Write a model's weights as another library has them; returns the path.
 
     Args:
-        model: unchanged; parameters that were replaced or wrapped have no place in a checkpoint.
+        model: unchanged. Layers that were replaced, wrapped or folded have no place in a file.
         path: its suffix chooses the container: .safetensors, .pt, .pth, .bin or .npz; without a
             suffix a folder, with config.json where the library has one.
         format: name of one of `FORMATS`.
 
     Raises:
-        ValueError: an unknown format or suffix, or a network that the library hasn't; the text
-            names the option.
+        ValueError: an unknown format or suffix, a network that the library hasn't, or a model whose
+            parameters aren't those of its config; the text names the option or the tensors.
         ModuleNotFoundError: safetensors or numpy is missing; the text says how to get it.
     """
     chosen = next((one for one in FORMATS if one.name == format), None)
@@ -288,4 +319,5 @@ def save(model: ViT, path: str | os.PathLike[str], format: str = "timm") -> Path
     problem = chosen.unfit(model.config)
     if problem:
         raise ValueError(f"{chosen.title} has {problem}")
+    _complete(model.state_dict(), model.config)
     return write(model, Path(path), chosen)

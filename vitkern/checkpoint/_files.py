@@ -1,16 +1,18 @@
 """Any container of tensors -> `Source`. Nothing in a file is ever executed.
 
-    file     safetensors, PyTorch's zip or older pickle (weights_only), .npz, a shard index
-    folder   config.json or open_clip_config.json beside one of them
+    file     safetensors, torch.save's zip or older pickle (weights_only), TorchScript, .npz
+    folder   config.json or open_clip_config.json beside one of them, or beside several shards
     memory   a state dict, also nested, also of NumPy arrays; a training checkpoint around one
 
 What a file is, its first bytes say and not its name.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vitkern.checkpoint._rules import CheckpointError, State
+from vitkern.checkpoint._torchscript import read_torchscript
 
 # Under which keys training scripts put a model; the first that is there counts. Averaged weights
 # come first, as in timm; "teacher" is DINO's average, "encoder" I-JEPA's, "vit" is of nobody.
@@ -233,10 +236,7 @@ def _torch(file: Path, members: list[str]) -> Any:
     """A file of torch.save, by its unpickler that knows tensors and plain containers only."""
     zipped = bool(members)
     if any(name.endswith("/constants.pkl") for name in members):
-        raise CheckpointError(
-            f"{file} is a TorchScript archive, code and all. Where you trust it: "
-            "vitkern.load(torch.jit.load(path, 'cpu').state_dict())"
-        )
+        return read_torchscript(file)
     if zipped and not any(name.endswith("data.pkl") for name in members):
         inside = ", ".join(members[:5])
         raise CheckpointError(f"{file} is a zip file of something else: {inside}")
@@ -245,12 +245,13 @@ def _torch(file: Path, members: list[str]) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace, *_numpy_numbers()]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
-        wanted = _unsafe(file) if zipped else ""
-        if not wanted and "GLOBAL" not in str(error):
-            raise CheckpointError(f"{file} is no readable pickle of torch.save: {error}") from None
+        wanted = _unsafe(file, error, zipped)
+        if not wanted:
+            why = _first_line(error)
+            raise CheckpointError(f"{file} is no readable pickle of torch.save: {why}") from None
         raise CheckpointError(
-            f"{file} is a pickle that would run code of {wanted or _first_line(error)}; vitkern "
-            "executes nothing from a file. Where you trust it, save its state dict alone: "
+            f"{file} is a pickle that would run code of {wanted}; vitkern executes nothing from a "
+            "file. Where you trust it, save its state dict alone: "
             "torch.save(torch.load(path, weights_only=False)[...].state_dict(), new_path)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -259,11 +260,13 @@ def _torch(file: Path, members: list[str]) -> Any:
         ) from None
 
 
-def _unsafe(file: Path) -> str:
-    try:
-        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
-    except Exception:  # a pickle that it can't walk through: the error names the first class
-        return ""
+def _unsafe(file: Path, error: Exception, zipped: bool) -> str:
+    """Names of the classes and functions that a pickle asks for."""
+    asked = set(re.findall(r"GLOBAL (\S+)", str(error)))
+    if zipped:
+        with contextlib.suppress(Exception):  # can't walk through: the error names the first
+            asked |= set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    return ", ".join(sorted(asked))
 
 
 def _first_line(error: Exception) -> str:
@@ -287,7 +290,7 @@ def _unwrapped(
 ) -> Source:
     """The state dict within a training checkpoint, without what wraps the whole model."""
     config, part = dict(config), []
-    while not any(_is_array(value) for value in found.values()):
+    while inner := [key for key in WRAPPERS if isinstance(found.get(key), Mapping) and found[key]]:
         for key in ("arch", "model_name", "architecture"):
             if isinstance(found.get(key), str):
                 config.setdefault("architecture", found[key])
@@ -295,9 +298,6 @@ def _unwrapped(
         model = getattr(arguments, "model", None) or getattr(arguments, "arch", None)
         if isinstance(model, str):
             config.setdefault("architecture", model)
-        inner = [key for key in WRAPPERS if isinstance(found.get(key), Mapping)]
-        if not inner:
-            break
         part.append(inner[0])
         found = found[inner[0]]
     metadata = getattr(found, "_metadata", {}).get("", {})
@@ -319,7 +319,8 @@ def _unwrapped(
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or (hasattr(value, "dtype") and hasattr(value, "__array__"))
+    """A tensor, or an array of NumPy's or JAX's; their single numbers are statistics."""
+    return isinstance(value, Tensor) or (hasattr(value, "__array__") and value.ndim > 0)
 
 
 def _flat(found: Mapping[str, Any]) -> dict[str, Any]:

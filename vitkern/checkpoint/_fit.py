@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vitkern.checkpoint._infer import averaged
+from vitkern.checkpoint._complete import averaged
 from vitkern.checkpoint._rules import CheckpointError, State
 from vitkern.config import ViTConfig
 from vitkern.weights import adapt_input_conv, resample_patch_embed, resample_pos_embed
@@ -25,8 +25,8 @@ def fit(
         CheckpointError: a change that these tensors can't follow.
     """
     changes = dict(changes)
-    if "global_pool" in changes and "fc_norm" not in changes:
-        changes["fc_norm"] = None
+    if changes.get("global_pool", native.global_pool) != native.global_pool:
+        changes.setdefault("fc_norm", None)
     channels = changes.get("in_chans", native.in_chans)
     images = {key: averaged(getattr(native, key), channels) for key in ("mean", "std")}
     try:

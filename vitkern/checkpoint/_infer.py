@@ -1,51 +1,16 @@
-"""A config from tensors under our names, for all formats alike.
-
-`infer` reads what shapes show, exactly. `completed` adds what they can't (number of heads, eps,
-activation, the pool behind a plain `norm`): from the one preset that has these shapes, else by the
-field's convention; and says of each such field why.
-"""
+"""What the shapes of tensors under our names show, for all formats alike."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from vitkern.arguments import pair
 from vitkern.checkpoint._rules import CheckpointError, Fields, State
-from vitkern.config import ViTConfig, backbone_stride
-from vitkern.presets import PRESETS
-
-# Reasons of an assumption that is a guess.
-USUAL = "usual"
-AMBIGUOUS = "with the same shapes, others have"
-
-# Fields that shapes don't tell; with what is usual where nothing tells them.
-_UNSEEN: Fields = {
-    "num_heads": None,  # see `_usual_heads`
-    "norm_layer": None,  # the kind is seen, the eps isn't: timm's 1e-6
-    "act_layer": "gelu",
-    "global_pool": None,  # see `_usual_pool`
-    "block_fn": "pre_norm",  # a norm behind its branch has the names of one before it
-    "attn_layer": None,
-    "embed_norm_layer": None,
-    "pool_include_prefix": False,
-    "mean": 0.5,
-    "std": 0.5,
-}
-# Assumed without a word where usual.
-_SILENT = ("mean", "std", "pool_include_prefix", "block_fn")
-# Fields that a preset must share with the tensors; sizes of image, input and head may differ.
-_SEEN = (
-    *("embed_dim", "depth", "patch_size", "class_token", "reg_tokens", "distilled", "pos_embed"),
-    *("qkv_bias", "proj_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "pre_norm"),
-    *("final_norm", "mlp_layer", "representation_size", "embed_layer", "patch_norm", "rel_pos"),
-    *("shared_rel_pos", "rel_pos_dim", "hidden_dim", "norm_after_pool", "inner_dim"),
-)
-
+from vitkern.config import backbone_stride
 
 # Hints at the size of the images: the checkpoint's own, and the one that is wanted.
 _IMAGES = ("img_size", "target_img_size")
@@ -167,22 +132,27 @@ def _patches(state: State) -> Fields:
     }
 
 
+class _Block:
+    """Names of the first block: whether they are there, and their shapes."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def has(self, name: str) -> bool:
+        return f"blocks.0.{name}" in self.state
+
+    def shape(self, name: str) -> Any:
+        if not self.has(name):
+            raise CheckpointError(f"blocks.0.{name} is missing")
+        return self.state[f"blocks.0.{name}"].shape
+
+
 def _block(state: State, hints: Mapping[str, Any]) -> Fields:
     """What the first block is made of."""
-    at = "blocks.0."
-
-    def has(name: str) -> bool:
-        return at + name in state
-
-    def shape(name: str) -> Any:
-        if at + name not in state:
-            raise CheckpointError(f"{at + name} is missing")
-        return state[at + name].shape
-
-    dim = shape(_first_norm(state).removeprefix(at))[0]
+    block = _Block(state)
+    norm = _first_norm(state)
     found: Fields = {
-        "norm_kind": "layernorm" if _first_norm(state)[:-6] + "bias" in state else "rmsnorm",
-        "block_kind": "pre_norm",
+        "norm_kind": "layernorm" if norm.replace(".weight", ".bias") in state else "rmsnorm",
         "attn_kind": "attn",
         "scale_attn_norm": False,
         "scale_mlp_norm": False,
@@ -190,74 +160,87 @@ def _block(state: State, hints: Mapping[str, Any]) -> Fields:
         "rel_pos": None,
         "shared_rel_pos": False,
     }
-    attn, mlp = "attn.", "mlp."
-    if has("in_proj.weight"):
-        fused = has("out_proj.weight")
-        hidden = (shape("out_proj.weight")[1] - dim) if fused else shape("mlp_out_proj.weight")[1]
-        out = "out_proj." if fused else "attn_out_proj."
-        kind = "parallel_scaling"
-        options: Fields = {"fuse_out_proj": fused}
-        if has("lambda_a") or has("lambda_q1"):
-            kind, options = "diff_parallel_scaling", {"dual_lambda": has("lambda_a")}
-        found |= {
-            "block_kind": kind,
-            "block_options": options,
-            "qkv_bias": has("in_proj.bias"),
-            "proj_bias": has(out + "bias"),
-            "qk_norm": has("q_norm.weight"),
-            "init": has("ls.gamma"),
-            "inner_dim": dim,
-        }
+    dim = state[norm].shape[0]
+    if block.has("in_proj.weight"):
+        found |= _one_projection(block, dim)
         attn = ""
     else:
-        if has("attns.0.norm.weight"):
+        attn, mlp = "attn.", "mlp."
+        found["block_kind"] = "pre_norm"
+        if block.has("attns.0.norm.weight"):
             things = [k for k in state if re.match(r"blocks\.0\.attns\.\d+\.norm\.weight\Z", k)]
-            found |= {
-                "block_kind": "parallel_things",
-                "block_options": {"num_parallel": len(things)},
-            }
+            found["block_kind"] = "parallel_things"
+            found["block_options"] = {"num_parallel": len(things)}
             attn, mlp = "attns.0.attn.", "ffns.0.mlp."
-        first = "fc1_g" if has(mlp + "fc1_g.weight") else "fc1"
-        hidden = shape(mlp + first + ".weight")[0]
-        if first == "fc1_g":
-            found["mlp_layer"] = "swiglu"
-        elif shape(mlp + "fc2.weight")[1] * 2 == hidden:
-            found["mlp_layer"] = "swiglu_packed"
-        found |= {
-            "qkv_bias": has(attn + "qkv.bias"),
-            "proj_bias": has(attn + "proj.bias"),
-            "qk_norm": has(attn + "q_norm.weight"),
-            "scale_attn_norm": has(attn + "norm.weight"),
-            "scale_mlp_norm": has(mlp + "norm.weight"),
-            "init": has("ls1.gamma") or has("attns.0.ls.gamma"),
-            "inner_dim": shape(attn + "proj.weight")[1],
-        }
-    if attn and (has(attn + "lambda_a") or has(attn + "lambda_q1")):
-        found["attn_kind"] = "diff"
-        found["attn_options"] = {"dual_lambda": has(attn + "lambda_a")}
-    for where in ("shared_rel_pos.", at + attn + "rel_pos."):
-        table = state.get(where + "relative_position_bias_table")
-        network = state.get(where + "mlp.fc1.weight")
-        if table is not None or network is not None:
-            found["rel_pos"] = "mlp" if table is None else "bias"
-            found["shared_rel_pos"] = where.startswith("shared")
-            if table is not None:
-                found["num_heads"] = table.shape[1]
-            elif network is not None:
-                found["num_heads"] = state[where + "mlp.fc2.weight"].shape[0]
-                inside = network.shape[0]
-                found["rel_pos_dim"] = None if inside == 128 else inside  # 128 is timm's choice
-    width = None
-    if found["qk_norm"]:
-        width = shape(attn + "q_norm.weight")[0]
-    elif has(attn + "sub_norm.weight"):
-        width = shape(attn + "sub_norm.weight")[0]
-    if width:
-        found["num_heads"] = found["inner_dim"] // width
+        found |= {**_attention(block, attn), **_mlp(block, mlp)}
+        found |= _relative(state, f"blocks.0.{attn}rel_pos.")
+    for name in (attn + "q_norm.weight", attn + "sub_norm.weight"):  # of a head's width
+        if block.has(name):
+            found["num_heads"] = found["inner_dim"] // block.shape(name)[0]
+            break
     heads = found.get("num_heads") or hints.get("num_heads")
     if heads and found["inner_dim"] != dim:
         found["dim_head"] = found["inner_dim"] // heads
-    return {**found, "hidden_dim": hidden, "mlp_ratio": _ratio(hidden, dim)}
+    return {**found, "mlp_ratio": _ratio(found["hidden_dim"], dim)}
+
+
+def _one_projection(block: _Block, dim: int) -> Fields:
+    """A block whose branches share their first layer."""
+    fused, two = block.has("out_proj.weight"), block.has("lambda_a")
+    kind, options = "parallel_scaling", {"fuse_out_proj": fused}
+    if two or block.has("lambda_q1"):
+        kind, options = "diff_parallel_scaling", {"dual_lambda": two}
+    out = block.shape("out_proj.weight" if fused else "mlp_out_proj.weight")
+    return {
+        "block_kind": kind,
+        "block_options": options,
+        "qkv_bias": block.has("in_proj.bias"),
+        "proj_bias": block.has("out_proj.bias" if fused else "attn_out_proj.bias"),
+        "qk_norm": block.has("q_norm.weight"),
+        "init": block.has("ls.gamma"),
+        "inner_dim": dim,
+        "hidden_dim": out[1] - dim if fused else out[1],
+    }
+
+
+def _attention(block: _Block, at: str) -> Fields:
+    found: Fields = {
+        "qkv_bias": block.has(at + "qkv.bias"),
+        "proj_bias": block.has(at + "proj.bias"),
+        "qk_norm": block.has(at + "q_norm.weight"),
+        "scale_attn_norm": block.has(at + "norm.weight"),
+        "init": block.has("ls1.gamma") or block.has("attns.0.ls.gamma"),
+        "inner_dim": block.shape(at + "proj.weight")[1],
+    }
+    two = block.has(at + "lambda_a")
+    if two or block.has(at + "lambda_q1"):
+        found |= {"attn_kind": "diff", "attn_options": {"dual_lambda": two}}
+    return found
+
+
+def _mlp(block: _Block, at: str) -> Fields:
+    gated = block.has(at + "fc1_g.weight")
+    hidden = block.shape(at + ("fc1_g" if gated else "fc1") + ".weight")[0]
+    halved = block.shape(at + "fc2.weight")[1] * 2 == hidden
+    return {
+        "hidden_dim": hidden,
+        "mlp_layer": "swiglu" if gated else "swiglu_packed" if halved else "mlp",
+        "scale_mlp_norm": block.has(at + "norm.weight"),
+    }
+
+
+def _relative(state: State, own: str) -> Fields:
+    """Relative positions, one for all blocks or the first block's `own`."""
+    for at in ("shared_rel_pos.", own):
+        found: Fields = {"shared_rel_pos": at != own}
+        if at + "relative_position_bias_table" in state:
+            heads = state[at + "relative_position_bias_table"].shape[1]
+            return {**found, "rel_pos": "bias", "num_heads": heads}
+        if at + "mlp.fc1.weight" in state and at + "mlp.fc2.weight" in state:
+            width, heads = (state[f"{at}mlp.fc{i}.weight"].shape[0] for i in (1, 2))
+            dim = None if width == 128 else width  # 128 is timm's choice
+            return {**found, "rel_pos": "mlp", "rel_pos_dim": dim, "num_heads": heads}
+    return {}
 
 
 def _positions(positions: Tensor, found: Fields, hints: Mapping[str, Any]) -> Fields:
@@ -267,7 +250,8 @@ def _positions(positions: Tensor, found: Fields, hints: Mapping[str, Any]) -> Fi
     count, prefix = positions.shape[1], found["class_token"] + found["distilled"]
     prefix += found["reg_tokens"]
     known = hints.get("no_embed_class")
-    options = [known] if known is not None and prefix else [False, True] if prefix else [False]
+    usual = found["reg_tokens"] > 0  # then class and register tokens have no positions
+    options = [known] if known is not None and prefix else [usual, not usual][: prefix + 1]
     down = backbone_stride(found["embed_layer"])
     stride = (found["patch_size"][0] * down, found["patch_size"][1] * down)
     sizes = [tuple(pair("img_size", hints[key])) for key in _IMAGES if key in hints]
@@ -296,160 +280,3 @@ def _window(state: State, found: Fields) -> Any:
             side = math.isqrt(table.shape[0] - 3 * found["class_token"])
             return tuple((side + 1) // 2 * p for p in found["patch_size"])
     return None
-
-
-def completed(
-    seen: Fields, told: Fields, defaults: Fields, name: str | None = None
-) -> tuple[Fields, dict[str, str]]:
-    """(fields of ViTConfig, field -> why it is what it is, of those that nothing told).
-
-    seen: from `infer`. told: what format, config file and user say; it overrides. defaults: the
-    library's own, where nothing tells. name: what the source calls the architecture.
-    """
-    fits = [preset for preset in PRESETS if _fits(_config_of(preset), seen, told)]
-    if name in fits:
-        fits = [name]
-    models = [_config_of(preset) for preset in fits]
-    assumed: dict[str, str] = {}
-    fields: Fields = {
-        key: seen[key]
-        for key in (
-            *("embed_dim", "depth", "mlp_ratio", "mlp_layer", "patch_size", "in_chans"),
-            *("class_token", "reg_tokens", "distilled", "pre_norm", "num_classes", "final_norm"),
-            *("representation_size", "pos_embed", "qkv_bias", "proj_bias", "qk_norm", "rel_pos"),
-            *("scale_attn_norm", "scale_mlp_norm", "shared_rel_pos", "rel_pos_dim", "dim_head"),
-            *("no_embed_class", "img_size", "embed_layer", "patch_norm"),
-        )
-        if seen.get(key) is not None
-    }
-    if seen["init"]:
-        values = {model.init_values for model in models} or {1e-5}
-        fields["init_values"] = min(value for value in values if value)
-    for field, value in defaults.items():
-        if field not in told and (field in _UNSEEN or field not in seen):
-            fields[field], assumed[field] = value, "the library's default"
-    for field in _UNSEEN:
-        if field in told or field in assumed:
-            continue
-        value, why = _guess(field, seen, told, models, fits)
-        if why and not (field in _SILENT and value == _UNSEEN[field]):
-            assumed[field] = why
-        if value is not None:
-            fields[field] = value
-    _sizes(fields, told, models, fits, assumed)
-    fields |= told
-    for key in ("mean", "std"):
-        fields[key] = averaged(fields[key], fields["in_chans"])
-    pool = fields.get("global_pool")
-    if seen["final_norm"] and "fc_norm" not in told:
-        usual = pool in ("avg", "avgmax", "max")
-        fields["fc_norm"] = None if seen["norm_after_pool"] == usual else seen["norm_after_pool"]
-    return fields, assumed
-
-
-def _sizes(
-    fields: Fields, told: Fields, models: list[ViTConfig], fits: list[str], assumed: dict[str, str]
-) -> None:
-    """img_size where no positions show a grid; or where it is no multiple of the patches."""
-    if "img_size" in told:
-        return
-    size, patch = fields.get("img_size"), fields["patch_size"]
-    if size is None:
-        fields["img_size"] = models[0].img_size if models else (224, 224)
-        assumed["img_size"] = _as(fits) or USUAL
-        return
-    grid = (size[0] // patch[0], size[1] // patch[1])
-    same = {model.img_size for model in models if model.grid_size == grid}
-    if len(same) == 1:
-        fields["img_size"] = same.pop()
-
-
-def _guess(
-    field: str, seen: Fields, told: Fields, models: list[ViTConfig], fits: list[str]
-) -> tuple[Any, str]:
-    """(value, why) of a field; "" where the tensors tell it after all."""
-    if field in ("global_pool", "num_heads") and seen.get(field) is not None:
-        return seen[field], ""
-    if field in ("block_fn", "attn_layer"):
-        kind = seen["block_kind" if field == "block_fn" else "attn_kind"]
-        options = seen.get("block_options" if field == "block_fn" else "attn_options", {})
-        if kind != "pre_norm" or field == "attn_layer":
-            if field == "attn_layer" and seen["block_kind"] != "pre_norm":
-                kind, options = seen["attn_kind"], seen.get("attn_options", {})
-            return ((kind, tuple(options.items())) if options else kind), ""
-    if field == "embed_norm_layer" and not seen.get("embed_norm"):
-        return None, ""
-    usual = _usual(field, seen, told)
-    values = Counter(getattr(model, field) for model in models)
-    if not values:
-        return usual, USUAL
-    value = usual if usual in values else values.most_common(1)[0][0]
-    why = _as([name for name in fits if getattr(_config_of(name), field) == value])
-    others = ", ".join(str(other) for other in values if other != value)
-    return value, why + (f"; {AMBIGUOUS} {others}" if others else "")
-
-
-def _usual(field: str, seen: Fields, told: Fields) -> Any:
-    """What most ViTs have."""
-    if field == "num_heads":
-        return usual_heads(seen["inner_dim"])
-    if field == "norm_layer":
-        return (seen["norm_kind"], 1e-6)
-    if field == "embed_norm_layer":
-        return (seen["embed_norm_kind"], told.get("norm_layer", ("", 1e-6))[1])
-    if field == "block_fn":
-        return "pre_norm"
-    if field == "global_pool":
-        if seen.get("norm_after_pool"):
-            return "avg"
-        return "token" if seen["class_token"] else "avg"
-    return _UNSEEN[field]
-
-
-def usual_heads(inner: int) -> int:
-    """How many heads `inner` numbers are split into where nothing tells: of 64, or nearly so."""
-    widths = [w for w in range(1, inner + 1) if inner % w == 0]
-    return inner // min(widths, key=lambda w: (abs(math.log2(w / 64)), w))
-
-
-def averaged(values: Any, channels: int) -> Any:
-    """`mean` or `std`; of another number of channels the average, as `presets.preset` has it."""
-    if isinstance(values, (tuple, list)) and len(values) != channels:
-        return sum(values) / len(values)
-    return values
-
-
-def _as(presets: list[str]) -> str:
-    """Whose value it is."""
-    if not presets:
-        return ""
-    more = len(presets) - 1
-    return f"as in timm's {presets[0]}" + (f" and {more} more of these shapes" if more else "")
-
-
-@cache
-def _config_of(preset: str) -> ViTConfig:
-    return ViTConfig.from_name(preset)
-
-
-def _fits(model: ViTConfig, seen: Fields, told: Fields) -> bool:
-    """Whether a preset has the shapes that were seen, and as many heads as was told."""
-    for key in _SEEN:
-        known = key not in told and seen.get(key) is not None
-        if known and getattr(model, key) != seen[key]:
-            return False
-    block, options = model.block
-    kind = "pre_norm" if block == "res_post_norm" else block
-    heads = seen.get("num_heads", told.get("num_heads", model.num_heads))
-    placed = seen["pos_embed"] == "learn" and model.num_prefix_tokens > 0
-    return (
-        kind == seen["block_kind"]
-        and options == seen.get("block_options", options)
-        and model.attention[0] == seen["attn_kind"]
-        and bool(model.init_values and block != "res_post_norm") == seen["init"]
-        and model.norm_layer[0] == seen["norm_kind"]
-        and (model.embed_norm_layer is not None) == bool(seen.get("embed_norm"))
-        and (model.global_pool == "map") == (seen.get("global_pool") == "map")
-        and model.num_heads == heads
-        and (not placed or model.no_embed_class == seen["no_embed_class"])
-    )

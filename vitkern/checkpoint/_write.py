@@ -23,9 +23,8 @@ def write(model: Any, path: Path, format: Format) -> Path:
         ModuleNotFoundError: safetensors or numpy is missing; the text says how to get it.
     """
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    tensors = {
-        key: value.contiguous() for key, value in format.written(state, model.config).items()
-    }
+    written = format.written(state, model.config)
+    tensors = {key: _alone(value.contiguous()) for key, value in written.items()}
     if path.suffix and not path.is_dir():
         _file(tensors, path, model.config, ours=format.name == "timm")
         return path
@@ -64,6 +63,12 @@ def _file(tensors: State, path: Path, config: ViTConfig, ours: bool) -> None:
     else:
         known = ", ".join((".safetensors", *_TORCH, ".npz"))
         raise ValueError(f"path must end in one of {known}, or be a folder, got {str(path)!r}")
+
+
+def _alone(value: Tensor) -> Tensor:
+    """In memory of its own size, for torch.save writes all of it."""
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()
 
 
 def _array(value: Tensor) -> Any:

@@ -97,11 +97,9 @@ class Timm(Format):
 
     def translated(self, state: State, fields: Fields) -> tuple[State, State]:
         """Every name is ours already."""
-        left = {key for key in state if any(re.match(p, key) for p in self.dropped)}
-        return (
-            {key: value for key, value in state.items() if key not in left},
-            {key: state[key] for key in left},
-        )
+        left = [key for key in state if any(re.match(p, key) for p in self.dropped)]
+        gone = {key: state[key] for key in left}
+        return {key: value for key, value in state.items() if key not in gone}, gone
 
     def unfit(self, config: ViTConfig) -> str | None:
         """These are our names: everything can be written, whether or not timm has it."""
