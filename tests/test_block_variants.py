@@ -25,6 +25,7 @@ EAGER = {"norm_linear": "torch", "attention": "sdpa", "linear_residual": "torch"
 BOTH: dict[str, Any] = {"init_values": 0.3, "qkv_bias": False, "qk_norm": True}
 SCALED: dict[str, Any] = {"scale_attn_norm": True, "scale_mlp_norm": True}
 CASES: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "pre_norm": (BOTH, "Block", BOTH),
     "norms before last layers": ({**SCALED, "init_values": 0.3}, "Block", {"init_values": 0.3}),
     "the same, gated": ({**SCALED, "mlp_layer": "swiglu"}, "Block", {"mlp_layer": "SwiGLU"}),
     "packed": ({**SCALED, "mlp_layer": "swiglu_packed"}, "Block", {"mlp_layer": "SwiGLUPacked"}),

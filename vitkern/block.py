@@ -91,7 +91,7 @@ class Block(nn.Module):
         self, stream: Stream, need_stats: bool = False, attn_bias: Tensor | None = None
     ) -> Stream:
         """The stream [B, N, D] after this block, with its rows' statistics if a norm reads them."""
-        stream = stream._replace(x=self.widened(stream.x))
+        stream = Stream(self.widened(stream.x), stream.stats)
         biased = None if attn_bias is None else BIASED
         attention, mlp = self.attention_problem() or biased, self.mlp_problem()
         for half, problem in (("attention half", attention), ("MLP half", mlp)):

@@ -36,7 +36,7 @@ from vitkern.branches import (
     pack,
 )
 from vitkern.config import ViTConfig
-from vitkern.fused import Linear, Stream
+from vitkern.fused import Joint, Linear, Stream
 from vitkern.kernels._op import note, product_dtype
 from vitkern.layers import (
     ACTIVATIONS,
@@ -186,10 +186,8 @@ class ParallelThingsBlock(nn.Module):
         else:
             qkv = first_product(x, norm, linear_of(part.qkv), self.impl)
             y, last = part.attend(qkv), part.proj
-        scales = joint_of(x, ls, drop_path, product_dtype(x, last.weight), factor)._asdict()
-        return ops.linear_residual(
-            y, *linear_of(last), total, **scales, impl=self.impl["linear_residual"]
-        )
+        joint = joint_of(x, ls, drop_path, product_dtype(x, last.weight), factor)
+        return last_product(y, linear_of(last), total, joint, self.impl)
 
 
 class ParallelScalingBlock(nn.Module):
@@ -295,18 +293,17 @@ class ParallelScalingBlock(nn.Module):
         name = activation_name(self.mlp_act) or ""
         hidden = self.mlp_drop(first_product(x, self.in_norm, mlp, self.impl, name))
         dtype = product_dtype(x, self.in_proj.weight)
-        scales = joint_of(x, self.ls, self.drop_path, dtype, factor)._asdict()
-        impl = self.impl["linear_residual"]
-        for part, last in zip((y, hidden), self._last_layers(), strict=True):
-            x = ops.linear_residual(part, *last, x, **scales, impl=impl)
-        return Stream(x)
+        joint = joint_of(x, self.ls, self.drop_path, dtype, factor)
+        first, second = self._last_layers()
+        x = last_product(y, first, x, joint, self.impl)
+        return Stream(last_product(hidden, second, x, joint, self.impl))
 
     def _first_layers(self) -> tuple[Linear, Linear]:
         """in_proj's parts, of the MLP and of attention."""
         bias: Any = self.in_proj.bias
         biases = (self.mlp_bias, None) if bias is None else bias.split(self.split)
-        mlp, attn = map(Linear, self.in_proj.weight.split(self.split), biases)
-        return mlp, attn
+        mlp, attn = self.in_proj.weight.split(self.split)
+        return Linear(mlp, biases[0]), Linear(attn, biases[1])
 
     def _last_layers(self) -> tuple[Linear, Linear]:
         """The same of out_proj, of attention and of the MLP."""
@@ -365,6 +362,16 @@ def first_product(
     return ops.norm_linear(
         x, *layer, kind.weight, kind.bias, kind.eps, rms=kind.rms, activation=activation,
         gated=gated, impl=impl["norm_linear"],
+    )  # fmt: skip
+
+
+def last_product(
+    x: Tensor, layer: Linear, stream: Tensor, joint: Joint, impl: dict[str, str]
+) -> Tensor:
+    """The stream [B, N, D] with a branch added, whose last linear layer reads x [B, N, F]."""
+    return ops.linear_residual(
+        x, *layer, stream, layer_scale=joint.layer_scale, drop_scale=joint.drop_scale,
+        impl=impl["linear_residual"],
     )  # fmt: skip
 
 
