@@ -28,6 +28,7 @@ from vitkern.block import AttentionPool, Block, make_block
 from vitkern.config import WEIGHT_INITS, ViTConfig, check_arguments
 from vitkern.embed import HybridEmbed, PatchEmbed, check_images, make_patch_embed, mirror
 from vitkern.fused import Stream
+from vitkern.hub import Pretrained
 from vitkern.intermediates import refuse_masks
 from vitkern.kernels.patch_embed.reference import assemble
 from vitkern.layers import NORMS, make_norm, plain
@@ -37,7 +38,7 @@ from vitkern.tokens import AttentionPoolPrr, PatchDropout, pool_tokens
 from vitkern.weights import draw_weights, resample_pos_embed
 
 
-class ViT(nn.Module):
+class ViT(Pretrained, nn.Module):
     """Vision Transformer (Dosovitskiy et al., 2020), with timm's arguments and state dict.
 
     Args: those of `ViTConfig`, then `device` and `dtype` of the parameters.

@@ -71,8 +71,7 @@ def _timms(config: ViTConfig) -> dict[str, Any]:
     if best is None:
         return {}
     name, arguments = best
-    for argument in ("num_classes", "global_pool"):  # timm keeps these two outside
-        arguments.pop(argument, None)
+    arguments.pop("num_classes", None)  # which timm takes from outside of them
     mean, std = (
         list(value) if isinstance(value, tuple) else [value] * config.in_chans
         for value in (config.mean, config.std)
