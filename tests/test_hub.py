@@ -63,8 +63,8 @@ def test_timm_reads_the_folder(tmp_path: Path) -> None:
     folder = ours.save_pretrained(tmp_path)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     torch.testing.assert_close(theirs(IMAGES), ours(IMAGES), rtol=1e-5, atol=1e-5)
-    assert theirs.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
-    assert theirs.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert list(theirs.pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
+    assert list(theirs.pretrained_cfg["input_size"]) == [3, 32, 32]
     contents = json.loads((folder / "config.json").read_text())
     assert "architecture" in contents
     # An MLP class can't be said in JSON, and no ViT of timm's with this eps has this one.
