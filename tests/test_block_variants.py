@@ -347,6 +347,18 @@ def test_differential_attention_refuses_kernels_by_name(name: str) -> None:
         block(torch.randn(1, 5, DIM))
 
 
+@pytest.mark.parametrize("name", ["diff", "dual lambda"])
+def test_the_definition_of_differential_attention_can_be_asked_for(name: str) -> None:
+    x = torch.randn(2, 5, DIM, dtype=torch.float64)
+    block = shaken(ours(name, impl="reference")).double()
+    with record_choices() as choices:
+        found = outcome(block, x)
+    assert "sdpa" not in {c.implementation for c in choices}
+    assert_same(found, outcome(shaken(ours(name)).double(), x))
+    with pytest.raises(ValueError, match=r"impl='reference' for attention.*it has no dropout"):
+        ours(name, impl="reference", attn_drop_rate=0.1)(x.float())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_stochastic_depth_on_a_subset(name: str) -> None:
     """On average the block is what it is without stochastic depth, and it computes less."""

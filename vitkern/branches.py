@@ -91,16 +91,26 @@ def maps_of(
 def by_sdpa(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout_p: float, impl: str, why: str
 ) -> Tensor:
-    """PyTorch's attention [B, H, N, d] on tensors that no op of ours takes; `why` for explain().
+    """PyTorch's attention [B, N, H, d] of q, k and v [B, H, N, d] that no op of ours takes.
+
+    why: for explain(), and for the error.
 
     Raises:
         ValueError: another implementation was asked for by name.
     """
-    if impl not in ("auto", "sdpa", "reference"):
+    if impl == "reference" and not dropout_p:
+        note("attention", impl, why)
+        with torch.autocast(q.device.type, enabled=False):
+            acc = accumulate_dtype(q)
+            logits = q.to(acc) @ k.to(acc).transpose(-2, -1) * q.shape[-1] ** -0.5
+            logits = logits if bias is None else logits + bias.to(acc)
+            return (logits.softmax(-1) @ v.to(acc)).to(v.dtype).transpose(1, 2)
+    if impl not in ("auto", "sdpa"):
+        why = "it has no dropout" if impl == "reference" else why
         raise ValueError(f"impl={impl!r} for attention can't run here: {why}")
     note("attention", "sdpa", why)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
-    return out.transpose(1, 2)  # [B, N, H, d]
+    return out.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -110,7 +120,7 @@ class Attention(nn.Module):
         super().__init__()
         dim, inner = config.embed_dim, config.inner_dim
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.implementations = config.implementations
+        self.impl = config.implementations
         self.biased = config.rel_pos is not None
         self.qkv = nn.Linear(dim, 3 * inner, bias=config.qkv_bias, **dd)
         self.q_norm, self.k_norm = (
@@ -161,7 +171,7 @@ class Attention(nn.Module):
     def attend(self, qkv: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         """Attention [B, N, H * d] of packed queries, keys and values [B, N, 3 * H * d]."""
         dropout_p = self.attn_drop.p if self.training else 0.0
-        qkv, impl = self.packed(qkv), self.implementations["attention"]
+        qkv, impl = self.packed(qkv), self.impl["attention"]
         bias = self.bias(attn_bias)
         if bias is None:
             qkv, norm = pack(qkv, self.q_norm, self.k_norm)
@@ -179,7 +189,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; attn_bias [1 or B, H, N, N] is added to the logits."""
         x = self.attend(self.qkv(x), attn_bias)
-        return self.proj_drop(norm_then_linear(x, self.norm, self.proj, self.implementations))
+        return self.proj_drop(norm_then_linear(x, self.norm, self.proj, self.impl))
 
 
 class Difference(nn.Module):
@@ -196,7 +206,7 @@ class Difference(nn.Module):
     def set_up(self, config: ViTConfig, index: int, dual: bool, dd: dict[str, Any]) -> None:
         """Add the parameters; `index` is that of the block."""
         self.num_heads, self.head_dim = config.num_heads, config.embed_dim // config.num_heads // 2
-        self.implementations = config.implementations
+        self.impl = config.implementations
         self.q_norm, self.k_norm = (
             make_norm(config, self.head_dim, **dd) if config.qk_norm else nn.Identity()
             for _ in range(2)
@@ -212,7 +222,7 @@ class Difference(nn.Module):
     def make_sub_norm(self, dd: dict[str, Any]) -> RmsNorm:
         """The norm for each head, which each user has at another place among its parameters."""
         norm = RmsNorm(2 * self.head_dim, 1e-5, **dd)
-        norm.impl = self.implementations["layer_norm"]
+        norm.impl = self.impl["layer_norm"]
         return norm
 
     def reset_parameters(self) -> None:
@@ -244,7 +254,7 @@ class Difference(nn.Module):
         q, k = (t.to(v.dtype) for t in self.pairs(q, k))
         v = v.unflatten(-1, (self.num_heads, 2 * self.head_dim)).transpose(1, 2)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        impl, why = self.implementations["attention"], "heads of q and k are half as wide as v's"
+        impl, why = self.impl["attention"], "heads of q and k are half as wide as v's"
         one, two = (by_sdpa(q[i], k[i], v, None, dropout_p, impl, why) for i in (0, 1))
         x = self.sub_norm(one - self.weight().type_as(q) * two)
         return (x * (1 - self.lambda_init)).flatten(2)
@@ -285,7 +295,7 @@ class DiffAttention(Difference):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         x = self.difference(self.qkv(x))
-        return self.proj_drop(norm_then_linear(x, self.norm, self.proj, self.implementations))
+        return self.proj_drop(norm_then_linear(x, self.norm, self.proj, self.impl))
 
 
 def make_attention(config: ViTConfig, index: int, **dd: Any) -> Attention | DiffAttention:
@@ -314,7 +324,7 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         dim, hidden, self.layout = config.embed_dim, config.hidden_dim, layout
-        self.implementations = config.implementations
+        self.impl = config.implementations
         self.first = ("fc1_g", "fc1_x") if layout == "swiglu" else ("fc1",)
         for name in self.first:
             self.add_module(name, nn.Linear(dim, hidden, bias=bias, **dd))
@@ -331,7 +341,6 @@ class Mlp(nn.Module):
             return
         layer: Any = getattr(self, self.first[0])
         start = 0 if self.layout == "swiglu" else layer.weight.shape[0] // 2
-        # timm's order, so that one seed gives the same weights: only the weight is random.
         nn.init.normal_(layer.weight[start:], std=1e-6)
         if layer.bias is not None:
             nn.init.ones_(layer.bias[start:])
@@ -366,7 +375,7 @@ class Mlp(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """The activated hidden layer [..., F] of [..., D]."""
         if self.plain_layers():
-            name, impl = activation_name(self.act) or "", self.implementations["linear_act"]
+            name, impl = activation_name(self.act) or "", self.impl["linear_act"]
             gated = self.layout != "mlp"
             return ops.linear_act(x, *self.first_layer(), activation=name, gated=gated, impl=impl)
         outputs = [layer(x) for layer in self.first_layers()]
@@ -378,7 +387,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         x = self.drop1(self.hidden(x))
-        return self.drop2(norm_then_linear(x, self.norm, self.fc2, self.implementations))
+        return self.drop2(norm_then_linear(x, self.norm, self.fc2, self.impl))
 
 
 def make_mlp(config: ViTConfig, **dd: Any) -> Mlp:
