@@ -122,6 +122,8 @@ def timm(module: Any) -> Fields:
     found: Fields = {
         "img_size": tuple(patches.img_size),
         "global_pool": module.global_pool,
+        "pos_embed": "none" if getattr(module, "pos_embed", None) is None else "learn",
+        "no_embed_class": bool(getattr(module, "no_embed_class", False)),
         "norm_layer": norms([*inner, *(m for part in outer for m in part.modules())]),
         "dynamic_img_size": bool(getattr(module, "dynamic_img_size", False)),
         "dynamic_img_pad": bool(getattr(patches, "dynamic_img_pad", False)),
