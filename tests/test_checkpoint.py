@@ -147,6 +147,8 @@ def test_training_checkpoints(wrapper, prefix):
 
 def test_averaged_weights_come_first():
     model, other = tiny(), stir(tiny())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    assert understand(average.state_dict(), num_heads=4).dropped.keys() == {"n_averaged"}
     found = {"state_dict": other.state_dict(), "state_dict_ema": model.state_dict()}
     assert torch.equal(load(found, num_heads=4).head.weight, model.head.weight)
 
@@ -226,6 +228,21 @@ def test_torchscript_gives_tensors_without_its_code(tmp_path):
     found = read(tmp_path / "model.pt").state
     assert set(found) == set(module.state_dict())
     assert all(torch.equal(found[key], value) for key, value in module.state_dict().items())
+
+
+def test_a_vit_out_of_torchscript(tmp_path):
+    model, copy = tiny(), nn.Module()
+    for name, value in model.state_dict().items():
+        *parents, last = name.split(".")
+        at = copy
+        for parent in parents:
+            if not hasattr(at, parent):
+                at.add_module(parent, nn.Module())
+            at = getattr(at, parent)
+        at.register_parameter(last, nn.Parameter(value.clone()))
+    script(copy, tmp_path / "model.pt")
+    loaded, images = quietly(tmp_path / "model.pt", num_heads=4), torch.randn(1, 3, 24, 24)
+    assert torch.equal(loaded(images), model(images))
 
 
 def test_torchscript_with_foreign_classes_is_refused(tmp_path):
@@ -397,6 +414,8 @@ def test_every_field_that_shapes_show(changes):
     unseen = {"num_heads", "act_layer", "img_size", "norm_layer"}
     if changes.get("pos_embed") != "none":
         unseen.discard("img_size")
+    elif "rel_pos" not in changes:
+        unseen.add("pos_embed")  # they may be computed
     if changes.get("in_chans"):  # not a square grid: then somebody has to say it
         unseen.add("img_size")
     told = {field: getattr(model.config, field) for field in unseen}
@@ -511,6 +530,20 @@ def test_positions_follow_the_image_as_timms_do(size, reg):
     images = torch.randn(1, 3, *size)
     ours = quietly(model.state_dict(), num_heads=4, img_size=size)
     assert torch.allclose(ours(images), other(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (16, 32)])
+def test_tables_of_relative_positions_follow_as_timms_do(size):
+    timm = pytest.importorskip("timm.models.beit")
+    torch.manual_seed(0)
+    kinds = {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "num_classes": 5}
+    model, other = (stir(timm.Beit(**{**TINY, **kinds, **s})) for s in ({}, {"img_size": size}))
+    other.load_state_dict(timm.checkpoint_filter_fn(model.state_dict(), other), strict=False)
+    images = torch.randn(1, 3, *size)
+    ours = load(model.state_dict(), img_size=size).eval()
+    assert torch.allclose(ours(images), other(images), atol=1e-5)
+    same = load(other.state_dict(), img_size=size).eval()
+    assert torch.allclose(same(images), other(images), atol=1e-5)
 
 
 def test_patches_and_channels_follow_as_timms_do():
@@ -691,6 +724,34 @@ def test_aimv2(tmp_path):
     again = theirs(**changes)
     again.load_state_dict(timm.checkpoint_filter_fn(dict(state), again))
     assert_same(quietly(state, num_heads=4), again, torch.randn(2, 3, 24, 24))
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_beit3(tmp_path, pool):
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    layer = partial(nn.LayerNorm, eps=1e-5)
+    changes = {"scale_attn_norm": True, "scale_mlp_norm": True, "norm_layer": layer}
+    model = theirs(**changes, global_pool=pool)
+    ours = load(model.state_dict(), num_heads=4, norm_layer=("layernorm", 1e-5)).eval()
+    state = read(save(ours, tmp_path / "beit3.pt", "beit3")).state
+    state["beit3.encoder.layers.0.ffn.B.fc1.weight"] = torch.zeros(3)
+    state["beit3.text_embed.weight"] = torch.zeros(3)
+    assert_same(quietly(state, num_heads=4), model, torch.randn(2, 3, 24, 24))
+    if pool == "avg":  # the only one that timm's reader expects
+        again = theirs(**changes, global_pool=pool)
+        again.load_state_dict(timm.checkpoint_filter_fn(dict(state), again))
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_eva_without_rotary_positions():
+    timm = pytest.importorskip("timm.models.eva")
+    torch.manual_seed(0)
+    for changes in ({"global_pool": "avg"}, {"global_pool": "token", "qkv_bias": False}):
+        model = stir(timm.Eva(**{**TINY, "num_classes": 5, **changes}))
+        assert_same(load(model.state_dict(), num_heads=4).eval(), model, torch.randn(2, 3, 24, 24))
+    rotary = timm.Eva(**TINY, use_rot_pos_emb=True, use_abs_pos_emb=False)
+    with pytest.raises(CheckpointError, match=r"no positions.*rotary"):
+        load(rotary.state_dict(), num_heads=4)
 
 
 # save

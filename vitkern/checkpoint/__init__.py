@@ -26,6 +26,7 @@ from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
 from vitkern.checkpoint._write import write
 from vitkern.checkpoint.aimv2 import Aimv2
 from vitkern.checkpoint.beit import Beit
+from vitkern.checkpoint.beit3 import Beit3
 from vitkern.checkpoint.clip import Clip, ClipTrunk
 from vitkern.checkpoint.dinov2 import Dinov2
 from vitkern.checkpoint.google import Google
@@ -66,6 +67,7 @@ FORMATS: tuple[Format, ...] = (
     Clip(),
     ClipTrunk(),
     Aimv2(),
+    Beit3(),
     Dinov2(),
     Beit(),
     Timm(),

@@ -9,7 +9,7 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
-from vitkern.checkpoint._rules import Fields
+from vitkern.checkpoint._rules import CheckpointError, Fields
 from vitkern.config import ViTConfig
 from vitkern.presets import PRESETS
 
@@ -53,6 +53,12 @@ def completed(
     if name in fits:
         fits = [name]
     models = [_config_of(preset) for preset in fits]
+    placed = seen["pos_embed"] != "none" or seen["rel_pos"] or "pos_embed" in told
+    if not placed and not models:
+        raise CheckpointError(
+            "it has no positions: if its network computes them, as rotary ones, vitkern has none "
+            "such; if it does without, say pos_embed='none'"
+        )
     assumed: dict[str, str] = {}
     fields: Fields = {
         key: seen[key]

@@ -315,6 +315,8 @@ def _unwrapped(
         for key, value in found.items()
         if not _is_array(value) and not isinstance(value, Mapping)
     }
+    if state.pop("n_averaged", None) is not None:
+        dropped["n_averaged"] = "how many models torch.optim.swa_utils averaged"
     return Source(_without_prefix(state), config, path, container, ".".join(part), dropped)
 
 

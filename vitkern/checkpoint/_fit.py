@@ -7,6 +7,7 @@ from typing import Any
 from vitkern.checkpoint._complete import averaged
 from vitkern.checkpoint._rules import CheckpointError, State
 from vitkern.config import ViTConfig
+from vitkern.rel_pos import resize_bias_table
 from vitkern.weights import adapt_input_conv, resample_patch_embed, resample_pos_embed
 
 _HEADS = ("head", "head_dist")
@@ -60,11 +61,8 @@ def fit(
             raise CheckpointError(f"in_chans={target.in_chans}: {error}") from None
         state[key] = resample_patch_embed(state[key], target.patch_size)
     if native.grid_size != target.grid_size:
-        if any("relative_position_bias_table" in name for name in state):
-            raise CheckpointError(
-                f"relative positions are of a grid {native.grid_size} and can't be resized: "
-                f"img_size={native.img_size} is fixed"
-            )
+        for table in (name for name in state if name.endswith("relative_position_bias_table")):
+            state[table] = resize_bias_table(state[table], native.grid_size, target.grid_size)
         if "pos_embed" in state:
             grids = (target.grid_size, native.grid_size)
             prefix, way = native.num_pos_prefix, native.pos_resample

@@ -12,6 +12,7 @@ from vitkern.arguments import pair
 from vitkern.checkpoint._rules import CheckpointError, Fields, State
 from vitkern.config import backbone_stride
 
+Size = tuple[int, int]
 # Hints at the size of the images: the checkpoint's own, and the one that is wanted.
 _IMAGES = ("img_size", "target_img_size")
 
@@ -43,8 +44,8 @@ def infer(state: State, hints: Mapping[str, Any]) -> Fields:
     }
     if found["pos_embed"] == "learn":
         found |= _positions(state["pos_embed"], found, hints)
-    elif "img_size" not in hints:
-        found["img_size"] = _window(state, found)
+    else:
+        found["img_size"] = _window(state, found, hints)
     if "attn_pool.latent" in state:
         found["global_pool"] = "map"
     if found["final_norm"]:
@@ -252,31 +253,49 @@ def _positions(positions: Tensor, found: Fields, hints: Mapping[str, Any]) -> Fi
     known = hints.get("no_embed_class")
     usual = found["reg_tokens"] > 0  # then class and register tokens have no positions
     options = [known] if known is not None and prefix else [usual, not usual][: prefix + 1]
-    down = backbone_stride(found["embed_layer"])
-    stride = (found["patch_size"][0] * down, found["patch_size"][1] * down)
-    sizes = [tuple(pair("img_size", hints[key])) for key in _IMAGES if key in hints]
-    grids = [(size[0] // stride[0], size[1] // stride[1]) for size in sizes]
-    if "grid_size" in hints:
-        grids.insert(0, tuple(hints["grid_size"]))
+    stride, sizes, grids = _grids(found, hints)
     for without in options:
         side = math.isqrt(max(count - (0 if without else prefix), 0))
         grids.append((side, side))
     for grid in grids:
         for without in options:
             if math.prod(grid) == count - (0 if without else prefix) > 0:
-                exact = (grid[0] * stride[0], grid[1] * stride[1])
-                fits = (s for s in sizes if (s[0] // stride[0], s[1] // stride[1]) == grid)
-                return {"no_embed_class": without, "img_size": next(fits, exact)}
+                return {"no_embed_class": without, "img_size": _image(grid, stride, sizes)}
     raise CheckpointError(
         f"pos_embed has {count} positions, of {prefix} prefix tokens and a grid that isn't square: "
         "give the image size of the checkpoint, as img_size=(height, width)"
     )
 
 
-def _window(state: State, found: Fields) -> Any:
-    """img_size without positions: from tables of relative ones, if they are square."""
-    for key, table in state.items():
-        if key.endswith("relative_position_bias_table"):
-            side = math.isqrt(table.shape[0] - 3 * found["class_token"])
-            return tuple((side + 1) // 2 * p for p in found["patch_size"])
-    return None
+def _window(state: State, found: Fields, hints: Mapping[str, Any]) -> Any:
+    """img_size where a table of relative positions [(2 R - 1) (2 C - 1) + 3 T, H] shows it."""
+    key = next((key for key in state if key.endswith("relative_position_bias_table")), None)
+    if key is None:
+        return None
+    stride, sizes, grids = _grids(found, hints)
+    offsets = state[key].shape[0] - 3 * found["class_token"]
+    side = (math.isqrt(max(offsets, 0)) + 1) // 2
+    for rows, columns in (*grids, (side, side)):
+        if (2 * rows - 1) * (2 * columns - 1) == offsets:
+            return _image((rows, columns), stride, sizes)
+    raise CheckpointError(
+        f"{key} has {state[key].shape[0]} rows, of a grid that isn't square: give the image size "
+        "of the checkpoint, as img_size=(height, width)"
+    )
+
+
+def _grids(found: Fields, hints: Mapping[str, Any]) -> tuple[Size, list[Size], list[Size]]:
+    """(pixels behind a token, sizes of images that were hinted at, grids that were)."""
+    down = backbone_stride(found["embed_layer"])
+    stride = (found["patch_size"][0] * down, found["patch_size"][1] * down)
+    sizes = [pair("img_size", hints[key]) for key in _IMAGES if key in hints]
+    grids = [(size[0] // stride[0], size[1] // stride[1]) for size in sizes]
+    if "grid_size" in hints:
+        grids.insert(0, pair("grid_size", hints["grid_size"]))
+    return stride, sizes, grids
+
+
+def _image(grid: Size, stride: Size, sizes: list[Size]) -> Size:
+    """A hinted size of images that has this grid, else the smallest."""
+    fits = (s for s in sizes if (s[0] // stride[0], s[1] // stride[1]) == grid)
+    return next(fits, (grid[0] * stride[0], grid[1] * stride[1]))
