@@ -84,6 +84,20 @@ def info(options: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(options: argparse.Namespace) -> int:
+    """print what a checkpoint is: whose, which network, what it leaves open, what is left out"""
+    from vitkern import inspect
+
+    return inspect.run(options)
+
+
+def inspect_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `inspect`."""
+    from vitkern import inspect
+
+    inspect.add_options(parser)
+
+
 def roofline(options: argparse.Namespace) -> int:
     """predict a model's speed and memory on one card or several, by op; nothing is run"""
     from vitkern.roofline import report
@@ -141,6 +155,7 @@ def profile_options(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "demo": Command(demo, demo_options, extra="demo"),
     "info": Command(info),
+    "inspect": Command(inspect, inspect_options, extra="checkpoints"),
     "roofline": Command(roofline, roofline_options),
     "profile": Command(profile, profile_options),
     "selfcheck": Command(selfcheck, selfcheck_options),
