@@ -303,10 +303,16 @@ def _replace(model: Any) -> None:
         layer.mlp[0] = nn.Sequential(layer.mlp[0])
 
 
+def _gelu(model: Any) -> None:
+    for layer in model.encoder.layers:
+        layer.mlp[1].approximate = "tanh"
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (_train, "dropout"),
+        (_gelu, r"mlp\.1 is another GELU"),
         (_hook, "ln_1 was replaced, wrapped or hooked"),
         (_replace, r"mlp\.0 was replaced"),
     ],

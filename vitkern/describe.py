@@ -393,4 +393,7 @@ KINDS: dict[str, Kind] = {
     "transformers.CLIPVisionModel": _transformers("pooler_output"),
     "transformers.CLIPVisionModelWithProjection": _transformers("image_embeds"),
     "transformers.SiglipVisionModel": _transformers("pooler_output"),
+    # What a CLIPModel and a SiglipModel of version 4 have inside.
+    "transformers.CLIPVisionTransformer": _transformers("pooler_output"),
+    "transformers.SiglipVisionTransformer": _transformers("pooler_output"),
 }

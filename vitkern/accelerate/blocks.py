@@ -168,7 +168,7 @@ def _untouched(module: Any, kind: type[nn.Module]) -> bool:
         return False
     recorder = getattr(sys.modules.get(home), "_active_collector", None)
     wanted = recorder.get() if recorder is not None else {"attentions": []}
-    if wanted and any("attentions" in key for key in wanted):
+    if wanted and set(wanted) - {"hidden_states", "_hidden_states_layers"}:
         return False
     others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(others) and module._compiled_call_impl is None and not _global_hooks()
@@ -191,12 +191,18 @@ def problem(block: Any, swap: Swap) -> str | None:
             return f"{'.'.join(path)} was replaced, wrapped or hooked"
         if kind is nn.Dropout and module.training and module.p:
             return "dropout"
+        if kind is nn.GELU and (module.approximate == "tanh") != (swap.activation == "gelu_tanh"):
+            return f"{'.'.join(path)} is another GELU than it was"
         if "weight" in module._parameters and type(module.weight) not in (nn.Parameter, Tensor):
             return f"the weight of {'.'.join(path)} is quantised or distributed"
     layout = swap.layout
-    if layout.rate and block.training and find(block, layout.rate):
+    for name in layout.idle:
+        if not isinstance(find(block, name), (nn.Identity, type(None))):
+            return f"{name} was added"
+    attention = find(block, layout.heads.rpartition(".")[0])
+    if layout.rate and attention.training and find(block, layout.rate):
         return "dropout of attention weights"
-    config = find(block, f"{layout.heads.rpartition('.')[0]}.config")
+    config = getattr(attention, "config", None)
     if getattr(config, "_attn_implementation", None) not in _ATTENTIONS:
         return f"attention is {config._attn_implementation}"
     return None
