@@ -162,16 +162,21 @@ def _untouched(module: Any, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or not foreign.has_own_forward(module):
         return False
     hooks: Any = module._forward_hooks
-    # transformers 5 leaves the hooks that record attention weights in place, switched off.
-    home = "transformers.utils.output_capturing"
-    if any(hook.__module__ != home for hook in hooks.values()):
-        return False
-    recorder = getattr(sys.modules.get(home), "_active_collector", None)
-    wanted = recorder.get() if recorder is not None else {"attentions": []}
-    if wanted and set(wanted) - {"hidden_states", "_hidden_states_layers"}:
+    if hooks and not _idle_recorder(hooks.values()):
         return False
     others = (module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(others) and module._compiled_call_impl is None and not _global_hooks()
+
+
+def _idle_recorder(hooks: Iterable[Any]) -> bool:
+    """Whether these hooks are those by which transformers 5 records outputs, switched off now."""
+    home = "transformers.utils.output_capturing"
+    if any(hook.__module__ != home for hook in hooks):
+        return False
+    recorder = getattr(sys.modules.get(home), "_active_collector", None)
+    if recorder is None:
+        return False
+    return set(recorder.get() or ()) <= {"hidden_states", "_hidden_states_layers"}
 
 
 def _global_hooks() -> bool:
@@ -202,9 +207,9 @@ def problem(block: Any, swap: Swap) -> str | None:
     attention = find(block, layout.heads.rpartition(".")[0])
     if layout.rate and attention.training and find(block, layout.rate):
         return "dropout of attention weights"
-    config = getattr(attention, "config", None)
-    if getattr(config, "_attn_implementation", None) not in _ATTENTIONS:
-        return f"attention is {config._attn_implementation}"
+    used = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if used not in _ATTENTIONS:
+        return f"attention is {used}"
     return None
 
 
