@@ -86,16 +86,16 @@ def info(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """print what a checkpoint is: whose, which network, what it leaves open, what is left out"""
-    from vitkern import inspect
+    from vitkern.inspect import run
 
-    return inspect.run(options)
+    return run(options)
 
 
 def inspect_options(parser: argparse.ArgumentParser) -> None:
     """Options of `inspect`."""
-    from vitkern import inspect
+    from vitkern.inspect import add_options
 
-    inspect.add_options(parser)
+    add_options(parser)
 
 
 def roofline(options: argparse.Namespace) -> int:
