@@ -14,6 +14,7 @@ from torch import nn
 
 from vitkern.checkpoint import FORMATS, CheckpointError, load, read, save, understand
 from vitkern.config import ViTConfig
+from vitkern.inspect import add_options, inspect, run
 from vitkern.model import ViT
 
 TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
@@ -99,7 +100,9 @@ def test_timm_reads_what_save_writes(tmp_path, suffix):
 
 def test_a_state_dict_in_memory_is_copied():
     model = tiny()
+    before = torch.get_rng_state()
     loaded = load(model.state_dict(), num_heads=4)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn only to be overwritten
     assert loaded.head.weight.data_ptr() != model.head.weight.data_ptr()
 
 
@@ -320,9 +323,9 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, package):
     path = save(tiny(), tmp_path / f"model{'.npz' if package == 'numpy' else '.safetensors'}")
     for name in (package, f"{package}.torch"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
-    for run in (partial(read, path), partial(save, tiny(), path)):
+    for attempt in (partial(read, path), partial(save, tiny(), path)):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'vitkern\[checkpoints\]'"):
-            run()
+            attempt()
 
 
 # What is no ViT, or not a whole one
@@ -345,6 +348,17 @@ def test_relatives_of_timm_are_refused_by_name():
     eva = timm.Eva(img_size=24, patch_size=8, embed_dim=64, depth=1, num_heads=2, qkv_fused=False)
     with pytest.raises(CheckpointError, match="separate query, key and value"):
         load(eva.state_dict())
+
+
+def test_dinov3_is_refused_by_name():
+    state = {
+        **tiny(init_values=0.1, pos_embed="none").state_dict(),
+        "mask_token": torch.zeros(1, 64),
+    }
+    with pytest.raises(CheckpointError, match=r"DINOv2, but it has rotary.*rope_embed\.periods"):
+        load(
+            {**state, "storage_tokens": torch.zeros(1, 4, 64), "rope_embed.periods": torch.ones(4)}
+        )
 
 
 def test_tensors_that_are_missing_or_too_many():
@@ -792,8 +806,6 @@ def test_the_formats_have_names_of_their_own():
 
 
 def test_inspect_tells_what_a_file_is(tmp_path, capsys):
-    from vitkern import inspect
-
     path = tmp_path / "mae.pth"
     state = {
         **tiny().half().state_dict(),
@@ -801,7 +813,7 @@ def test_inspect_tells_what_a_file_is(tmp_path, capsys):
         "decoder_pred.bias": torch.zeros(1),
     }
     torch.save({"model": state}, path)
-    found = inspect.inspect(path)
+    found = inspect(path)
     assert found.parameters == sum(p.numel() for p in tiny().parameters())
     assert found.dtypes == {"float16": found.parameters, "float32": 2}
     assert found.architecture["embed_dim"] == 64
@@ -809,19 +821,28 @@ def test_inspect_tells_what_a_file_is(tmp_path, capsys):
     for part in ("timm's VisionTransformer", "under 'model'", "MAE's decoder", "usual"):
         assert part in text
     parser = argparse.ArgumentParser()
-    inspect.add_options(parser)
-    assert inspect.run(parser.parse_args([str(path)])) == 0
+    add_options(parser)
+    assert run(parser.parse_args([str(path)])) == 0
     assert "MAE's decoder" in capsys.readouterr().out
-    assert inspect.run(parser.parse_args([str(path), "--json"])) == 0
+    assert run(parser.parse_args([str(path), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["container"] == "torch"
-    assert inspect.run(parser.parse_args([str(tmp_path / "missing")])) == 2
+    assert run(parser.parse_args([str(tmp_path / "missing")])) == 2
     assert "no file or folder" in capsys.readouterr().err
 
 
 def test_inspect_names_timms_model():
-    from vitkern import inspect
-
     state = ViT(**vars(ViTConfig.from_name("vit_tiny_patch16_224")), device="meta").state_dict()
-    found = inspect.inspect(state)
+    found = inspect(state)
     assert "vit_tiny_patch16_224" in found.models
     assert found.assumed["num_heads"].startswith("as in timm's")
+    state = {**state, "blocks.0.ls1.gamma": state["norm.weight"]}
+    with pytest.raises(CheckpointError, match=r"lacks blocks\.0\.ls2\.gamma"):
+        inspect(state)
+
+
+def test_our_own_files_are_named_by_their_shapes(tmp_path):
+    save(tiny(), tmp_path / "model.pt")
+    assert inspect(tmp_path / "model.pt").models == ()
+    name = "vit_tiny_patch16_224"
+    save(ViT(**vars(ViTConfig.from_name(name)), device="cpu"), tmp_path / "model.pt")
+    assert name in inspect(tmp_path / "model.pt").models

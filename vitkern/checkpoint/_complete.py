@@ -19,10 +19,10 @@ AMBIGUOUS = "with the same shapes, others have"
 
 # Fields that shapes don't tell; with what is usual where nothing tells them.
 _UNSEEN: Fields = {
-    "num_heads": None,  # see `_usual_heads`
+    "num_heads": None,  # see `usual_heads`
     "norm_layer": None,  # the kind is seen, the eps isn't: timm's 1e-6
     "act_layer": "gelu",
-    "global_pool": None,  # see `_usual_pool`
+    "global_pool": None,  # see `_usual`
     "block_fn": "pre_norm",  # a norm behind its branch has the names of one before it
     "attn_layer": None,
     "embed_norm_layer": None,
@@ -119,13 +119,10 @@ def _guess(
     """(value, why) of a field; "" where the tensors tell it after all."""
     if field in ("global_pool", "num_heads") and seen.get(field) is not None:
         return seen[field], ""
-    if field in ("block_fn", "attn_layer"):
-        kind = seen["block_kind" if field == "block_fn" else "attn_kind"]
-        options = seen.get("block_options" if field == "block_fn" else "attn_options", {})
-        if kind != "pre_norm" or field == "attn_layer":
-            if field == "attn_layer" and seen["block_kind"] != "pre_norm":
-                kind, options = seen["attn_kind"], seen.get("attn_options", {})
-            return ((kind, tuple(options.items())) if options else kind), ""
+    if field == "attn_layer" or (field == "block_fn" and seen["block_kind"] != "pre_norm"):
+        start = field.removesuffix("_fn").removesuffix("_layer")
+        kind, options = seen[f"{start}_kind"], seen.get(f"{start}_options")
+        return ((kind, tuple(options.items())) if options else kind), ""
     if field == "embed_norm_layer" and not seen.get("embed_norm"):
         return None, ""
     usual = _usual(field, seen, told)
@@ -183,10 +180,8 @@ def _config_of(preset: str) -> ViTConfig:
 
 def _fits(model: ViTConfig, seen: Fields, told: Fields) -> bool:
     """Whether a preset has the shapes that were seen, and as many heads as was told."""
-    for key in _SEEN:
-        known = key not in told and seen.get(key) is not None
-        if known and getattr(model, key) != seen[key]:
-            return False
+    if any(getattr(model, key) != seen[key] for key in _SEEN if key in seen):
+        return False
     block, options = model.block
     kind = "pre_norm" if block == "res_post_norm" else block
     heads = seen.get("num_heads", told.get("num_heads", model.num_heads))
