@@ -85,6 +85,22 @@ def parser() -> argparse.ArgumentParser:
     proxies.add_argument("--batch", type=int, default=256, help="default: %(default)s")
     proxies.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
 
+    names = commands.add_parser(
+        "names",
+        help="every ViT of timm beside ours: logits, intermediates, gradients",
+        description="Build every ViT that timm has by name, timm's and ours on the same random "
+        "weights, and compare. Exit code 1: one differs by more than 1e-5.",
+    )
+    names.add_argument("pattern", nargs="*", help="names, * and ? allowed (default: all)")
+    names.add_argument("--depth", type=int, help="at most so many blocks, and small images")
+    names.add_argument(
+        "--memory", type=float, default=10, metavar="GB", help="for weights; default: %(default)s"
+    )
+    names.add_argument("--full", action="store_true", help="the image size of each, always")
+    names.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write these rows here, keep others"
+    )
+
     gpu = commands.add_parser(
         "gpu",
         help="everything that needs an NVIDIA GPU: tests, parity, times, tuning",
@@ -164,6 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
             from . import _proxies
 
             return _proxies.main(options.model, options.batch, options.json)
+        if options.command == "names":
+            from . import _names
+
+            path, memory = options.markdown, options.memory * 1e9
+            return _names.main(options.pattern, options.depth, options.full, path, memory)
         if options.command == "gpu":
             import torch
 

@@ -1,6 +1,7 @@
 """vitkern.ViT against timm's VisionTransformer with the same weights: logits and gradients."""
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 import vitkern
+from vitkern.config import ViTConfig
+from vitkern.presets import PRESETS, REFUSED
 
 timm = pytest.importorskip("timm")
 from timm.layers import (  # noqa: E402
@@ -20,6 +23,17 @@ from timm.layers import (  # noqa: E402
     resample_abs_pos_embed,
 )
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+from benchmarks import _names  # noqa: E402
+from benchmarks._names import (  # noqa: E402
+    Row,
+    compare,
+    error,
+    main,
+    read,
+    representative,
+    twins,
+)
 
 SMALL: dict[str, Any] = {
     "img_size": 32,
@@ -168,32 +182,93 @@ def test_logits_and_gradients_are_timms(case: tuple[Any, ...], training: bool) -
             assert_close(grads[name], expected, name)
 
 
-@pytest.mark.parametrize("name", vitkern.PRESETS)
-def test_presets_have_timms_shapes(name: str) -> None:
-    theirs = timm.create_model(name, device="meta")
-    ours = vitkern.create_model(name, device="meta")
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
-    for attribute in (
-        *("num_classes", "global_pool", "embed_dim", "num_features", "head_hidden_size"),
-        *("num_prefix_tokens", "num_reg_tokens", "has_class_token", "no_embed_class"),
-        *("dynamic_img_size", "grad_checkpointing", "pool_include_prefix", "feature_info"),
-    ):
-        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
-    for attribute in ("img_size", "patch_size", "grid_size", "num_patches"):
-        assert getattr(ours.patch_embed, attribute) == getattr(theirs.patch_embed, attribute)
-    assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
-    assert ours.norm.eps == theirs.norm.eps
-    assert ours.group_matcher() == theirs.group_matcher()
+THIRD = representative()
 
 
-def test_presets_are_all_that_timm_has() -> None:
-    import re
+def slim(name: str) -> dict[str, Any]:
+    """What makes the model `name` small and leaves its kind: its heads 16 wide, ten classes."""
+    config = ViTConfig.from_name(name)
+    classes = {"num_classes": min(10, config.num_classes)}
+    if config.embed_layer and config.embed_layer[0] == "conv_stem":  # its width is the model's
+        return classes
+    return {"embed_dim": 16 * config.num_heads, **classes}
 
-    pattern = r"vit_(tiny|small|base|large|huge|giant|gigantic)_patch(8|14|16|32)_(224|384)"
-    theirs = [name for name in timm.list_models("vit_*") if re.fullmatch(pattern, name)]
-    assert sorted(theirs) == sorted(vitkern.PRESETS)
+
+# Their float32 features are 3e-5 apart, their float64 gradients 1e-13: the backbone standardises a
+# weight by layer_norm where timm does by batch_norm, and 16 residual units amplify the rounding.
+ROUNDED = pytest.mark.xfail(strict=True, raises=AssertionError)
+NAMES = [
+    pytest.param(n, marks=ROUNDED) if "_r50_" in n or "_resnet50_" in n else n for n in PRESETS
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:Mapping deprecated model name")
+def test_every_name_is_timms_model(name: str) -> None:
+    gradients = not PRESETS[name].get("embed_layer") or name in THIRD  # a backbone isn't slim
+    row = compare(name, gradients=gradients, depth=2, **slim(name))
+    assert row.equal, row
+    assert gradients == (row.gradients is not None)
+
+
+def test_a_difference_is_seen() -> None:
+    theirs, ours = twins("test_vit2", depth=2, img_size=(80, 112))
+    images = torch.randn(2, 3, 80, 112)
+    assert error(ours(images), theirs(images)) <= 1e-5
+    ours.blocks[1].norm2.eps = 1e-5  # for 1e-6
+    assert error(ours(images), theirs(images)) > 1e-6
+    ours.blocks[1].norm2.eps = 1e-6
+    with torch.no_grad():  # the storage is shared, the parameter is not
+        ours.blocks[0].ls1.gamma = nn.Parameter(ours.blocks[0].ls1.gamma * 1.001)
+    assert error(ours(images), theirs(images)) > 1e-5
+    assert error(ours(images)[:, :3], theirs(images)) == math.inf
+    assert error(theirs(images) * math.nan, theirs(images)) == math.inf
+
+
+def test_a_third_of_all_kinds_has_its_gradients_compared() -> None:
+    chosen = representative()
+    assert len(chosen) >= len(PRESETS) / 3
+    assert {"test_vit", "vit_base_r50_s16_224", "vit_dwee_patch16_reg1_gap_256"} <= chosen
+    assert "vit_base_mci_224" in chosen
+
+
+def test_the_table_is_kept_and_read_again(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "timm.md"
+    assert main(["test_vit", "samvit_base_patch16"], 1, False, path) == 0
+    before = read(path)
+    assert before["samvit_base_patch16"].refused == REFUSED["samvit_base_patch16"]
+    assert before["test_vit"].equal
+    assert before["test_vit"].blocks == "1 of 6"
+    assert main(["test_vit?"], 1, False, path) == 0
+    after = read(path)
+    assert after["test_vit"] == before["test_vit"]
+    assert set(after) == {"samvit_base_patch16", *(f"test_vit{n}" for n in ("", 2, 3, 4))}
+    assert "4 of 4 built are equal (100.0%), 1 of 5 names are refused" in path.read_text()
+    assert "| `test_vit` |" in path.read_text()
+    assert "equal" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("timm 1", "timm 9"))
+    with pytest.raises(ValueError, match="is not of timm"):
+        main(["test_vit"], 1, False, path)
+    with pytest.raises(ValueError, match="no model matches resnet50"):
+        main(["resnet50"])
+
+
+def test_what_differs_or_fails_is_told(
+    monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str, *arguments: Any) -> Row:
+        if name == "test_vit2":
+            raise RuntimeError("no | luck")
+        return Row(name, 5, "1", "8x8", 1e-7, 2e-5)
+
+    monkeypatch.setattr(_names, "compare", broken)
+    assert main(["test_vit", "test_vit2"]) == 1
+    out = capsys.readouterr().out
+    assert "differs" in out
+    assert "failed: RuntimeError: no / luck" in out
+    assert "0 of 2 equal" in out
 
 
 @pytest.mark.parametrize("weight_init", ["", "reset", "jax", "jax_nlhb", "moco"])
