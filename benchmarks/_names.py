@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import vitkern
 from vitkern._table import columns
-from vitkern.config import ViTConfig
-from vitkern.presets import PRESETS, REFUSED
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS, REFUSED
 
 TOLERANCE = 1e-5
 HEAD = ("name", "parameters", "blocks", "image", "logits", "intermediates", "gradients", "verdict")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import vitkern
 from tests.error_budget import assert_within_budget, budget, error
-from vitkern.block import Block
-from vitkern.config import ViTConfig
-from vitkern.fused import Stream
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._op import record_choices
-from vitkern.layers import DropPath
+from vitkern.model.block import Block
+from vitkern.model.config import ViTConfig
+from vitkern.model.fused import Stream
+from vitkern.model.layers import DropPath
 
 KERNELS = {"norm_linear": "triton", "attention": "triton", "linear_residual": "triton"}
 EAGER = {"norm_linear": "torch", "attention": "sdpa", "linear_residual": "torch"}
@@ -310,7 +310,7 @@ def test_a_quantised_weight_is_not_taken_for_a_plain_one() -> None:
 
 
 def test_a_save_that_attention_cannot_keep_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitkern import fused
+    from vitkern.model import fused
 
     block = make_block("auto", save="minimal")
     monkeypatch.setattr(fused, "select_attention", lambda *_: "flash")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import vitkern
 from tests.error_budget import assert_within_budget
-from vitkern.block import Block, make_block
-from vitkern.branches import Attention, DiffAttention, Difference, make_attention
-from vitkern.config import ViTConfig
 from vitkern.kernels._op import record_choices
+from vitkern.model.block import Block, make_block
+from vitkern.model.branches import Attention, DiffAttention, Difference, make_attention
+from vitkern.model.config import ViTConfig
 
 DIM, HEADS = 48, 4
 KERNELS = {"norm_linear": "triton", "attention": "triton", "linear_residual": "triton"}

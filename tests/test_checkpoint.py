@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.small_vits import TINY, assert_same, quietly, stir, theirs, tiny
 from vitkern.checkpoint import CheckpointError, load, understand
-from vitkern.config import ViTConfig
 from vitkern.model import ViT
+from vitkern.model.config import ViTConfig
 
 # What is no ViT, or not a whole one
 

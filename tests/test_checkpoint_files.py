@@ -13,9 +13,9 @@ from torch import nn
 
 from tests.small_vits import TINY, quietly, stir, tiny
 from vitkern.checkpoint import FORMATS, CheckpointError, load, read, save, understand
-from vitkern.config import ViTConfig
 from vitkern.inspect import add_options, inspect, run
 from vitkern.model import ViT
+from vitkern.model.config import ViTConfig
 
 # Containers
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import vitkern
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 
 def test_defaults_and_order_are_timms() -> None:

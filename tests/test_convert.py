@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vitkern import foreign
-from vitkern.convert import convert
-from vitkern.describe import ConvertError
+from vitkern.convert import convert, foreign
+from vitkern.convert.describe import ConvertError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -9,13 +9,13 @@ from torch import Tensor
 from benchmarks._cases import public, require_grads
 from tests.error_budget import as_tuple, assert_within_budget, gradients, in_float64
 from tests.test_ops import name, restride, skip_unless_kernels_take, with_strides
-from vitkern.block import Block
-from vitkern.config import ViTConfig
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._gemm import cublas, pointwise
 from vitkern.kernels._gemm.launch import Norm
 from vitkern.kernels._launch import intercept
 from vitkern.kernels._op import Op, Sample
+from vitkern.model.block import Block
+from vitkern.model.config import ViTConfig
 
 OPS = [op for op in REGISTRY.values() if "cublas" in op.kernel_peers]
 SAMPLES = [(op, sample) for op in OPS for sample in op.samples("tiny")]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from vitkern.config import RESAMPLINGS, ViTConfig
-from vitkern.embed import PatchEmbed, check_images, make_patch_embed
-from vitkern.weights import (
+from vitkern.model.config import RESAMPLINGS, ViTConfig
+from vitkern.model.embed import PatchEmbed, check_images, make_patch_embed
+from vitkern.model.weights import (
     adapt_input_conv,
     fit_pos_embed,
     resample_patch_embed,

@@ -12,7 +12,7 @@ from tests.error_budget import assert_within_budget, error
 from vitkern import ViT, fold
 from vitkern.fold import FoldedViT
 from vitkern.kernels import add_layer_norm, layer_norm
-from vitkern.layers import LayerNorm
+from vitkern.model.layers import LayerNorm
 
 SMALL: dict[str, Any] = {
     "img_size": 16,

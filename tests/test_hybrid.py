@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from vitkern.config import ViTConfig
-from vitkern.embed import HybridEmbed, check_images, make_patch_embed
+from vitkern.model.config import ViTConfig
+from vitkern.model.embed import HybridEmbed, check_images, make_patch_embed
 
 timm = pytest.importorskip("timm")
 

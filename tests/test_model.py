@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import vitkern
-from vitkern.weights import resample_pos_embed
+from vitkern.model.weights import resample_pos_embed
 
 SMALL: dict[str, Any] = {
     "img_size": 32,

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import vitkern
-from vitkern.config import ViTConfig
-from vitkern.presets import PRESETS, REFUSED
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS, REFUSED
 
 timm = pytest.importorskip("timm")
 from timm.models import deit, vision_transformer, vision_transformer_relpos  # noqa: E402

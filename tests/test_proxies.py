@@ -18,7 +18,7 @@ from benchmarks._models import FLOAT32
 from benchmarks._proxies import COMPILED, proxies
 from benchmarks._proxies.count import Cost, Counter, attend, ours, plain
 from benchmarks._proxies.fusion import Fusion, compiled
-from vitkern.block import Block
+from vitkern.model.block import Block
 
 Row = dict[str, Any]
 

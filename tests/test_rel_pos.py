@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from vitkern.block import Block, make_block
-from vitkern.config import ViTConfig
 from vitkern.kernels._op import record_choices
-from vitkern.rel_pos import RelPosBias, RelPosMlp, make_rel_pos
+from vitkern.model.block import Block, make_block
+from vitkern.model.config import ViTConfig
+from vitkern.model.rel_pos import RelPosBias, RelPosMlp, make_rel_pos
 
 WINDOWS = [(1, 1), (1, 4), (3, 5), (7, 7)]
 SIZE: dict[str, Any] = {"img_size": (12, 20), "patch_size": 4, "embed_dim": 48, "num_heads": 3}

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from vitkern.__main__ import main
-from vitkern.config import ViTConfig
 from vitkern.kernels import REGISTRY
+from vitkern.model.config import ViTConfig
 from vitkern.roofline import (
     MACHINES,
     Machine,

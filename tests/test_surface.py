@@ -330,7 +330,7 @@ def test_another_input_size_follows_the_checkpoints_source() -> None:
     model = build(pos_resample="torchvision")
     before, grid = model.pos_embed.detach().clone(), model.config.grid_size
     model.set_input_size((48, 48))
-    expected = vitkern.weights.resample_pos_embed(before, (6, 6), grid, 1, mode="torchvision")
+    expected = vitkern.model.weights.resample_pos_embed(before, (6, 6), grid, 1, mode="torchvision")
     assert torch.equal(model.pos_embed, expected)
     other = build(pos_resample="torchvision", img_size=48)
     other.load_state_dict(build(pos_resample="torchvision").state_dict())

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import vitkern
-from vitkern.config import ViTConfig
-from vitkern.presets import PRESETS, REFUSED
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS, REFUSED
 
 timm = pytest.importorskip("timm")
 from timm.layers import (  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import vitkern
-from vitkern.presets import PRESETS
+from vitkern.model.presets import PRESETS
 
 timm = pytest.importorskip("timm")
 from timm import data, loss, optim, scheduler, utils  # noqa: E402

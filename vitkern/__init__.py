@@ -5,7 +5,6 @@ from vitkern._version import __version__
 from vitkern.accelerate import accelerate, restore
 from vitkern.capture import CapturedModel, capture
 from vitkern.checkpoint import CheckpointError, load, save
-from vitkern.config import ViTConfig
 from vitkern.convert import ConvertError, convert
 from vitkern.eager import EagerViT
 from vitkern.explain import Explanation, explain
@@ -14,7 +13,8 @@ from vitkern.fold import fold
 from vitkern.inspect import inspect
 from vitkern.maps import attention_rollout, plot_attention, token_map
 from vitkern.model import ViT, create_model
-from vitkern.presets import PRESETS
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS
 from vitkern.profile import profile
 from vitkern.selfcheck import selfcheck
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from vitkern.fold import fold as fold_model
 from vitkern.kernels._op import autocast_dtype, dtype_name
-from vitkern.layers import plain
 from vitkern.model import ViT
+from vitkern.model.layers import plain
 
 Graph = tuple[Callable[[], None], Tensor]  # how to replay it, and the output that it writes
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkern.config import ViTConfig
-from vitkern.layers import DropPath, LayerScale
+from vitkern.model.config import ViTConfig
+from vitkern.model.layers import DropPath, LayerScale
 
 # Fields that may differ from their defaults; everything else is not built here.
 _FREE = (

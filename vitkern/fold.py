@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkern.block import Attention, AttentionPool, Block, Mlp
-from vitkern.layers import NORMS, LayerScale, plain
 from vitkern.model import ViT
+from vitkern.model.block import Attention, AttentionPool, Block, Mlp
+from vitkern.model.layers import NORMS, LayerScale, plain
 
 
 class FoldedViT(ViT):

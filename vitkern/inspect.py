@@ -16,7 +16,7 @@ from typing import Any
 
 from vitkern._table import columns
 from vitkern.checkpoint import Checkpoint, CheckpointError, Source, read, understand
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 # Always shown, even where they are the defaults.
 _SIZES = (

@@ -30,8 +30,8 @@ except ImportError as error:
     raise ImportError(f"vitkern.timm needs timm: pip install 'vitkern[timm]' ({error})") from error
 
 from vitkern import model as _model
-from vitkern.config import ViTConfig
-from vitkern.presets import PRESETS
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS
 
 PREFIX = "vitkern_"
 default_cfgs: dict[str, Any] = {}  # timm reads a module's weights from here when it registers

@@ -51,7 +51,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitkern
-from vitkern.block import Block
+from vitkern.model.block import Block
 
 from .._cases import columns, save
 from .._contest import Log

@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitkern.block import Block
-from vitkern.fused import Stream
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._launch import Launch, intercept
+from vitkern.model.block import Block
+from vitkern.model.fused import Stream
 
 from .._models import AUTOCAST, Precision
 

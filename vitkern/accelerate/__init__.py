@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from vitkern import foreign
 from vitkern._table import columns
 from vitkern.accelerate import blocks
 from vitkern.accelerate.layouts import CAUSAL_TEXT, LAYOUTS, PAIRS
 from vitkern.accelerate.tower import Tower, is_tower, put_back
 from vitkern.accelerate.tower import swap as swap_tower
-from vitkern.arguments import implementations
-from vitkern.config import SAVES, ViTConfig
-from vitkern.convert import ConvertError
+from vitkern.convert import ConvertError, foreign
+from vitkern.model.arguments import implementations
+from vitkern.model.config import SAVES, ViTConfig
 
 ANEW, ALREADY, ALONE = "swapped", "already", "left alone"
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from vitkern import foreign, fused
 from vitkern.accelerate.layouts import LAYOUTS, PAIRS, Layout
-from vitkern.fused import Stream
+from vitkern.convert import foreign
 from vitkern.kernels._op import note, product_dtype
-from vitkern.layers import plain
+from vitkern.model import fused
+from vitkern.model.fused import Stream
+from vitkern.model.layers import plain
 
 Path = tuple[str, ...]
 Parts = tuple[tuple[Path, type[nn.Module]], ...]

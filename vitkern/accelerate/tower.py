@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from vitkern import foreign
-from vitkern.convert import TIMM, ConvertError, convert
+from vitkern.convert import TIMM, ConvertError, convert, foreign
 from vitkern.model import ViT
 
 

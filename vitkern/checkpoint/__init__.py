@@ -37,8 +37,8 @@ from vitkern.checkpoint.huggingface import HuggingFace
 from vitkern.checkpoint.timm import Timm
 from vitkern.checkpoint.torchvision import Torchvision
 from vitkern.checkpoint.vit_pytorch import VitPytorch
-from vitkern.config import ViTConfig, check_arguments
 from vitkern.model import ViT
+from vitkern.model.config import ViTConfig, check_arguments
 
 __all__ = [
     "FORMATS",

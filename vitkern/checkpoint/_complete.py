@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 from vitkern.checkpoint._rules import CheckpointError, Fields
-from vitkern.config import ViTConfig
-from vitkern.presets import PRESETS
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS
 
 # Reasons of an assumption that is a guess.
 USUAL = "usual"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from vitkern._version import __version__
-from vitkern.config import ViTConfig
-from vitkern.presets import PRESETS
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS
 
 # How to run a model, which is the reader's choice and not the checkpoint's.
 _RUN = ("impl", "save", "weight_init", "fix_init")

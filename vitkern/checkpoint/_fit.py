@@ -6,9 +6,9 @@ from typing import Any
 
 from vitkern.checkpoint._complete import averaged
 from vitkern.checkpoint._rules import CheckpointError, State
-from vitkern.config import ViTConfig
-from vitkern.rel_pos import resize_bias_table
-from vitkern.weights import adapt_input_conv, resample_patch_embed, resample_pos_embed
+from vitkern.model.config import ViTConfig
+from vitkern.model.rel_pos import resize_bias_table
+from vitkern.model.weights import adapt_input_conv, resample_patch_embed, resample_pos_embed
 
 _HEADS = ("head", "head_dist")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vitkern.arguments import pair
 from vitkern.checkpoint._rules import CheckpointError, Fields, State
-from vitkern.config import backbone_stride
+from vitkern.model.arguments import pair
+from vitkern.model.config import backbone_stride
 
 Size = tuple[int, int]
 # Hints at the size of the images: the checkpoint's own, and the one that is wanted.

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 State = dict[str, Tensor]
 Fields = dict[str, Any]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitkern.checkpoint._config_file import to_json
 from vitkern.checkpoint._rules import Format, State
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 _TORCH = (".pt", ".pth", ".bin")
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitkern.checkpoint._rules import Fields, Format, State, layers, only, rule
-from vitkern.config import ViTConfig
-from vitkern.presets import OPENAI
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import OPENAI
 
 _RMS = ("rmsnorm", 1e-5)
 _BLOCK = "trunk.blocks.{i}."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitkern.checkpoint._rules import CheckpointError, Fields, State, only
 from vitkern.checkpoint.timm import Timm
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 _TABLE = "relative_position_bias_table"
 

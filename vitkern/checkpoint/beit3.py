@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vitkern.checkpoint._rules import Fields, Format, State, View, layers, only, rule
-from vitkern.config import ViTConfig
-from vitkern.presets import IMAGENET
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import IMAGENET
 
 _LAYER = "beit3.encoder.layers.{i}."
 # Its table of positions begins with two rows that nothing reads.

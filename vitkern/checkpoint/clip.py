@@ -23,8 +23,8 @@ from vitkern.checkpoint._rules import (
     rule,
 )
 from vitkern.checkpoint.timm import Timm
-from vitkern.config import ViTConfig
-from vitkern.presets import OPENAI, PRESETS
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import OPENAI, PRESETS
 
 _TEXT = {
     r"(text|text_decoder|transformer|token_embedding|positional_embedding)(\.|$)": "the text model",

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vitkern.checkpoint._rules import CheckpointError, Fields, State, only
 from vitkern.checkpoint.timm import Timm, tower
-from vitkern.config import ViTConfig
-from vitkern.presets import IMAGENET
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import IMAGENET
 
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")  # the inner number counts through
 _NAMES = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}

@@ -32,7 +32,7 @@ from vitkern.checkpoint._rules import (
     reshaped,
     rule,
 )
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 # Theirs on the right: [D, H, d] for query, key and value, [H, d, D] for the output projection.
 _QKV = View(

@@ -20,7 +20,7 @@ from vitkern.checkpoint.huggingface import (
     read_images,
     without,
 )
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 _TABLE = "relative_position_bias_table"
 _FILE = "encoder.layer.{i}."

@@ -24,8 +24,8 @@ from vitkern.checkpoint.huggingface import (
     without,
     written_config,
 )
-from vitkern.config import ViTConfig
-from vitkern.presets import IMAGENET
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import IMAGENET
 
 _BLOCK = "encoder.layer.{i}."
 

@@ -38,8 +38,8 @@ from vitkern.checkpoint.huggingface import (
     without,
     written_config,
 )
-from vitkern.config import ViTConfig
-from vitkern.presets import OPENAI
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import OPENAI
 
 _BLOCK = "encoder.layers.{i}."
 _TEXT = "it belongs to the text tower, or to its comparison with images"

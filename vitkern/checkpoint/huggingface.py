@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitkern.checkpoint._rules import Fields, Format, State, layers, only, rule
-from vitkern.config import ViTConfig
-from vitkern.presets import IMAGENET
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import IMAGENET
 
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 # Names of activations there; the first of those that mean the same is the one that is written.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vitkern.checkpoint._config_file import from_json, to_json
 from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS
 
 # Other networks that have names in common with these.
 _RELATIVES = {
@@ -87,11 +88,16 @@ class Timm(Format):
         if own is not None:
             return {**vars(ViTConfig()), **own}
         found: Fields = dict(config.get("model_args") or {})
+        if config.get("architecture") in PRESETS:  # the name and these arguments are all of it
+            try:
+                found = vars(ViTConfig.from_name(config["architecture"], **found)).copy()
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"config.json: {error}") from None
         if config.get("global_pool") is not None:
             found["global_pool"] = config["global_pool"]
         images = config.get("pretrained_cfg") or {}
         if "input_size" in images:
-            found.setdefault("img_size", tuple(images["input_size"][1:]))
+            found["img_size"] = tuple(images["input_size"][1:])
         found.update({key: images[key] for key in ("mean", "std") if key in images})
         return found
 

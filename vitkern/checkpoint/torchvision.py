@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitkern.checkpoint._rules import Fields, Format, State, layers, only, rule
-from vitkern.config import ViTConfig
-from vitkern.presets import IMAGENET
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import IMAGENET
 
 _BLOCK = "encoder.layers.encoder_layer_{i}."
 

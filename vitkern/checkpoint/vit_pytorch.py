@@ -32,7 +32,7 @@ from vitkern.checkpoint._rules import (
     only,
     rule,
 )
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 _NORM = ("layernorm", 1e-5)  # PyTorch's default
 _BLOCK = "transformer.layers.{i}."

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from vitkern.config import ViTConfig
 from vitkern.model import ViT
+from vitkern.model.config import ViTConfig
 
 from .machines import Machine
 from .recorder import Recording, record

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vitkern._table import columns
-from vitkern.config import ViTConfig
-from vitkern.presets import PRESETS
+from vitkern.model.config import ViTConfig
+from vitkern.model.presets import PRESETS
 
 from .executions import Work, forward_flops, resolve, works
 from .machines import Machine, card

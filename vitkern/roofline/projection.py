@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vitkern._table import columns
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 from .executions import PRECISIONS, one_of, parameters, positive, recording
 from .machines import Machine

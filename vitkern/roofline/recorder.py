@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from vitkern.config import ViTConfig
 from vitkern.eager import EagerViT
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._op import Op
 from vitkern.model import ViT
+from vitkern.model.config import ViTConfig
 
 # The card whose launches are looked at; those for others differ in tiles and splits, not in what
 # they read and write.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import vitkern.roofline
 from vitkern._table import columns
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 from .executions import EXECUTIONS, PRECISIONS, positive, resolve
 from .machines import MACHINES, Machine, card

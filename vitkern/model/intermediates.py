@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkern.embed import check_images
-from vitkern.fused import Stream
+from vitkern.model.embed import check_images
+from vitkern.model.fused import Stream
 
 
 def check_layers(layers: Iterable[int] | None, depth: int, name: str = "layers") -> list[int]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from vitkern import kernels as ops
-from vitkern.config import ViTConfig
 from vitkern.kernels._op import autocast_dtype
+from vitkern.model.config import ViTConfig
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -5,7 +5,7 @@ The home of a class is its package, so "timm.RmsNorm" is found in whichever file
 
 from torch import nn
 
-from vitkern import arguments
+from vitkern.model import arguments
 
 # What an activation computes.
 ACTIVATIONS = {

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from vitkern import foreign
-from vitkern.arguments import ATTENTIONS, BLOCKS
+from vitkern.convert import foreign
+from vitkern.model.arguments import ATTENTIONS, BLOCKS
 
 Fields = dict[str, Any]
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkern.config import ViTConfig
+from vitkern.model.config import ViTConfig
 
 
 def make_rel_pos(config: ViTConfig, **dd: Any) -> "RelPosBias | RelPosMlp":

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from vitkern import foreign
 from vitkern.checkpoint import understand
 from vitkern.checkpoint._files import Source
 from vitkern.checkpoint._fit import fit
-from vitkern.config import ViTConfig, check_arguments
-from vitkern.describe import KINDS, TIMM, ConvertError, Kind
+from vitkern.convert import foreign
+from vitkern.convert.describe import KINDS, TIMM, ConvertError, Kind
 from vitkern.model import ViT
+from vitkern.model.config import ViTConfig, check_arguments
 
 __all__ = ["TIMM", "ConvertError", "convert"]
 

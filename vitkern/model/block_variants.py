@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkern import kernels as ops
-from vitkern.block import add_branch, asked_problem, given, joint_of, joint_problem, widened
-from vitkern.branches import (
+from vitkern.kernels._op import note, product_dtype
+from vitkern.model.block import add_branch, asked_problem, given, joint_of, joint_problem, widened
+from vitkern.model.branches import (
     Attention,
     DiffAttention,
     Difference,
@@ -35,10 +36,9 @@ from vitkern.branches import (
     norm_of,
     pack,
 )
-from vitkern.config import ViTConfig
-from vitkern.fused import Joint, Linear, Stream
-from vitkern.kernels._op import note, product_dtype
-from vitkern.layers import (
+from vitkern.model.config import ViTConfig
+from vitkern.model.fused import Joint, Linear, Stream
+from vitkern.model.layers import (
     ACTIVATIONS,
     LayerScale,
     activation_name,

@@ -23,19 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitkern import intermediates, surgery
-from vitkern.block import AttentionPool, Block, make_block
-from vitkern.config import WEIGHT_INITS, ViTConfig, check_arguments
-from vitkern.embed import HybridEmbed, PatchEmbed, check_images, make_patch_embed, mirror
-from vitkern.fused import Stream
 from vitkern.hub import Pretrained
-from vitkern.intermediates import refuse_masks
 from vitkern.kernels.patch_embed.reference import assemble
-from vitkern.layers import NORMS, make_norm, plain
-from vitkern.rel_pos import make_rel_pos
-from vitkern.surgery import fit_weights
-from vitkern.tokens import AttentionPoolPrr, PatchDropout, pool_tokens
-from vitkern.weights import draw_weights, resample_pos_embed
+from vitkern.model import intermediates, surgery
+from vitkern.model.block import AttentionPool, Block, make_block
+from vitkern.model.config import WEIGHT_INITS, ViTConfig, check_arguments
+from vitkern.model.embed import HybridEmbed, PatchEmbed, check_images, make_patch_embed, mirror
+from vitkern.model.fused import Stream
+from vitkern.model.intermediates import refuse_masks
+from vitkern.model.layers import NORMS, make_norm, plain
+from vitkern.model.rel_pos import make_rel_pos
+from vitkern.model.surgery import fit_weights
+from vitkern.model.tokens import AttentionPoolPrr, PatchDropout, pool_tokens
+from vitkern.model.weights import draw_weights, resample_pos_embed
 
 
 class ViT(Pretrained, nn.Module):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitkern.intermediates import check_indices
-from vitkern.rel_pos import RelPosBias, RelPosMlp
-from vitkern.weights import fit_pos_embed, resample_patch_embed, resample_pos_embed
+from vitkern.model.intermediates import check_indices
+from vitkern.model.rel_pos import RelPosBias, RelPosMlp
+from vitkern.model.weights import fit_pos_embed, resample_patch_embed, resample_pos_embed
 
 
 def make_heads(model: Any, **dd: Any) -> None:

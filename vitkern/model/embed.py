@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkern import kernels as ops
-from vitkern.config import ViTConfig, backbone_stride
-from vitkern.hybrid import make_backbone
 from vitkern.kernels.patch_embed.reference import assemble, patchify
-from vitkern.layers import NORMS, make_norm, plain
-from vitkern.weights import resample_patch_embed
+from vitkern.model.config import ViTConfig, backbone_stride
+from vitkern.model.hybrid import make_backbone
+from vitkern.model.layers import NORMS, make_norm, plain
+from vitkern.model.weights import resample_patch_embed
 
 
 class PatchEmbed(nn.Module):

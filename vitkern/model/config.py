@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from vitkern import arguments as read
-from vitkern.presets import PRESETS, REFUSED, preset
+from vitkern.model import arguments as read
+from vitkern.model.presets import PRESETS, REFUSED, preset
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "prr", "")
 SAVES = ("balanced", "minimal")

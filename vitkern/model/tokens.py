@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkern import kernels as ops
-from vitkern.config import POOLS, ViTConfig
+from vitkern.model.config import POOLS, ViTConfig
 
 
 class PatchDropout(nn.Module):

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkern import fused
 from vitkern import kernels as ops
-from vitkern.config import ViTConfig
 from vitkern.kernels._op import accumulate_dtype, note
 from vitkern.kernels.attention.reference import Options, heads, probabilities
-from vitkern.layers import (
+from vitkern.model import fused
+from vitkern.model.config import ViTConfig
+from vitkern.model.layers import (
     ACTIVATIONS,
     NORMS,
     RmsNorm,
@@ -26,7 +26,7 @@ from vitkern.layers import (
     plain,
     plain_linear,
 )
-from vitkern.rel_pos import make_rel_pos
+from vitkern.model.rel_pos import make_rel_pos
 
 # Why attention with relative positions is PyTorch's.
 BIASED = "rel_pos: no op adds a bias to the logits"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitkern.config import ViTConfig, backbone_stride
+from vitkern.model.config import ViTConfig, backbone_stride
 
 
 def make_backbone(config: ViTConfig, **dd: Any) -> tuple[nn.Module, int]:

@@ -3,7 +3,7 @@
     x = x + attn(norm1(x)),  x = x + mlp(norm2(x)),  each branch scaled, dropped at random
 
 The branches: `branches.py`. Other kinds of blocks: `block_variants.py`. How steps come together in
-ops, and what happens where a module isn't `plain`: see `model.py`.
+ops, and what happens where a module isn't `plain`: see `vit.py`.
 """
 
 from functools import partial
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitkern import fused
 from vitkern import kernels as ops
-from vitkern.branches import (
+from vitkern.kernels._op import note, product_dtype
+from vitkern.model import fused
+from vitkern.model.branches import (
     BIASED,
     DiffAttention,
     changed,
@@ -23,13 +24,12 @@ from vitkern.branches import (
     make_mlp,
     norm_of,
 )
-from vitkern.branches import Attention as Attention
-from vitkern.branches import AttentionPool as AttentionPool
-from vitkern.branches import Mlp as Mlp
-from vitkern.config import ViTConfig
-from vitkern.fused import Stream
-from vitkern.kernels._op import note, product_dtype
-from vitkern.layers import (
+from vitkern.model.branches import Attention as Attention
+from vitkern.model.branches import AttentionPool as AttentionPool
+from vitkern.model.branches import Mlp as Mlp
+from vitkern.model.config import ViTConfig
+from vitkern.model.fused import Stream
+from vitkern.model.layers import (
     NORMS,
     DropPath,
     LayerScale,
@@ -48,7 +48,7 @@ def make_block(config: ViTConfig, index: int, drop_path: float, **dd: Any) -> nn
     A `Block` hands the stream on by `run`; every other kind is called with tokens [B, N, D]. A
     `Block` and a `ResPostBlock` also take what relative positions add to the logits (`rel_pos.py`).
     """
-    from vitkern import block_variants as variants  # which builds on this file
+    from vitkern.model import block_variants as variants  # which builds on this file
 
     kind, options = config.block
     if kind == "pre_norm":
