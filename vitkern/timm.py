@@ -45,10 +45,10 @@ class ViT(_model.ViT):
         _plain.VisionTransformer.load_pretrained(self, checkpoint_path, prefix)
 
 
-def _filter(name: str) -> Callable[..., Any]:
+def _filter(name: str) -> Callable[..., Any] | None:
     """timm's function that fits a file's state dict to the model `name`."""
     if "relpos" in name:
-        return _relpos.checkpoint_filter_fn
+        return getattr(_relpos, "checkpoint_filter_fn", None)  # timm 1.0.15 needs none
     if "embed_layer" in PRESETS[name]:
         return _hybrid.checkpoint_filter_fn
     if name.startswith("deit"):
