@@ -298,7 +298,7 @@ def test_trunk_with_a_projection() -> None:
     model, projection = trunk(), torch.randn(OUT, WIDTH)
     state = within(model, visual__head__proj__weight=projection)
     found = understand(state)
-    assert found.format.name == "clip_trunk"
+    assert found.format.name == "clip-trunk"
     assert set(found.dropped) == {"text.transformer.resblocks.0.ln_1.weight", "logit_bias"}
     head = nn.Linear(WIDTH, OUT, bias=False)
     head.weight.data = projection

@@ -238,7 +238,7 @@ def _pooled_first(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> boo
 class ClipTrunk(Timm):
     """OpenCLIP's CLIP around a network of timm's, SigLIP, say: "visual.trunk." and timm's names."""
 
-    name = "clip_trunk"
+    name = "clip-trunk"
     title = "OpenCLIP's tower of timm's"
     dropped: ClassVar[dict[str, str]] = {**Timm.dropped, **_TEXT}
 
