@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     names.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write these rows here, keep others"
     )
+    names.add_argument("--missing", action="store_true", help="only what FILE lacks")
 
     gpu = commands.add_parser(
         "gpu",
@@ -184,7 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
             from . import _names
 
             path, memory = options.markdown, options.memory * 1e9
-            return _names.main(options.pattern, options.depth, options.full, path, memory)
+            chosen, depth, full = options.pattern, options.depth, options.full
+            return _names.main(chosen, depth, full, path, memory, options.missing)
         if options.command == "gpu":
             import torch
 

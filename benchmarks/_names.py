@@ -325,12 +325,17 @@ def main(
     full: bool = False,
     path: Path | None = None,
     memory: float = math.inf,
+    missing: bool = False,
 ) -> int:
-    """Print a line a model as it comes; write the table. 1: a model differs or failed."""
+    """Print a line a model as it comes; write the table. 1: a model differs or failed.
+
+    missing: only those that the table lacks, so that a run that was cut off goes on.
+    """
     found: dict[str, Row] = {}
     kept = read(path) if path is not None else {}
     print("  ".join(HEAD), flush=True)
-    for row in rows(names(patterns), depth, full, memory):
+    chosen = [name for name in names(patterns) if not (missing and name in kept)]
+    for row in rows(chosen, depth, full, memory):
         found[row.name] = row
         print("  ".join(filter(None, row.cells())), flush=True)
         if path is not None:  # for every row: a long run that is cut off leaves what it has
