@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkern.model import ViT
-from vitkern.model.block import Attention, AttentionPool, Block, Mlp
+from vitkern.model.block import Block
+from vitkern.model.branches import Attention, AttentionPool, Mlp
 from vitkern.model.layers import NORMS, LayerScale, plain
 
 

@@ -17,16 +17,15 @@ from vitkern.kernels._op import note, product_dtype
 from vitkern.model import fused
 from vitkern.model.branches import (
     BIASED,
+    Attention,
     DiffAttention,
+    Mlp,
     changed,
     linear_of,
     make_attention,
     make_mlp,
     norm_of,
 )
-from vitkern.model.branches import Attention as Attention
-from vitkern.model.branches import AttentionPool as AttentionPool
-from vitkern.model.branches import Mlp as Mlp
 from vitkern.model.config import ViTConfig
 from vitkern.model.fused import Stream
 from vitkern.model.layers import (

@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from vitkern.hub import Pretrained
 from vitkern.kernels.patch_embed.reference import assemble
 from vitkern.model import intermediates, surgery
-from vitkern.model.block import AttentionPool, Block, make_block
+from vitkern.model.block import Block, make_block
+from vitkern.model.branches import AttentionPool
 from vitkern.model.config import WEIGHT_INITS, ViTConfig, check_arguments
 from vitkern.model.embed import HybridEmbed, PatchEmbed, check_images, make_patch_embed, mirror
 from vitkern.model.fused import Stream
