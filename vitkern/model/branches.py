@@ -27,6 +27,7 @@ from vitkern.model.layers import (
     plain_linear,
 )
 from vitkern.model.rel_pos import make_rel_pos
+from vitkern.model.weights import draw_normal
 
 # Why attention with relative positions is PyTorch's.
 BIASED = "rel_pos: no op adds a bias to the logits"
@@ -419,8 +420,7 @@ class AttentionPool(nn.Module):
 
     def init_weights(self) -> None:
         """The query starts with unit length."""
-        with torch.no_grad():
-            nn.init.trunc_normal_(self.latent).mul_(self.latent.shape[-1] ** -0.5)
+        draw_normal(self.latent, self.latent.shape[-1] ** -0.5, cut=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, D]."""

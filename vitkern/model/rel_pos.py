@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkern.model.config import ViTConfig
+from vitkern.model.weights import draw_normal
 
 
 def make_rel_pos(config: ViTConfig, **dd: Any) -> "RelPosBias | RelPosMlp":
@@ -114,10 +115,8 @@ class RelPosBias(_RelPos):
         return math.prod(self.window_size) + self.prefix_tokens
 
     def reset_parameters(self) -> None:
-        """Normal numbers, drawn as timm draws them, so that one seed gives the same in both."""
-        with torch.no_grad():
-            table = self.relative_position_bias_table.uniform_(-1, 1).erfinv_()
-            table.mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
+        """Normal numbers."""
+        draw_normal(self.relative_position_bias_table, 0.02)
         self.init_non_persistent_buffers()
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:

@@ -36,7 +36,7 @@ from vitkern.model.layers import NORMS, make_norm, plain
 from vitkern.model.rel_pos import make_rel_pos
 from vitkern.model.surgery import fit_weights
 from vitkern.model.tokens import AttentionPoolPrr, PatchDropout, pool_tokens
-from vitkern.model.weights import draw_weights, resample_pos_embed
+from vitkern.model.weights import draw_normal, draw_weights, resample_pos_embed
 
 
 class ViT(Pretrained, nn.Module):
@@ -373,13 +373,15 @@ class ViT(Pretrained, nn.Module):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Draw all weights anew, by one of timm's schemes (`weight_init`).
 
+        After the same seed they are timm's own in float32, but for a network with a "conv_stem".
+
         needs_reset: also reset modules whose constructor already did; False in the constructor.
         """
         mode = mode or self.config.weight_init
         if mode not in WEIGHT_INITS:
             raise ValueError(f"mode must be one of {WEIGHT_INITS}, got {mode!r}")
         if self.dist_token is not None:
-            nn.init.trunc_normal_(self.dist_token, std=0.02)
+            draw_normal(self.dist_token, 0.02)
         draw_weights(self, mode, needs_reset)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -1,6 +1,7 @@
 """How weights start, and how positions and patches follow the model to another resolution."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,22 +10,42 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
+def draw_normal(tensor: Tensor, std: float, cut: float = 6.0) -> Tensor:
+    """Fill a tensor with normal numbers, none of them beyond `cut` standard deviations.
+
+    By the inverse of the distribution, as timm draws them, so that one seed starts both models
+    alike; PyTorch does it otherwise from 2.14 on. In float32, as uniform numbers of 16 bit are -1
+    every few hundred times, whose inverse is infinite.
+    """
+    edge = math.erf(cut / math.sqrt(2))
+    drawn = torch.empty_like(tensor, dtype=torch.float32).uniform_(-edge, edge).erfinv_()
+    return tensor.copy_(drawn.mul_(std * math.sqrt(2)).clamp_(-cut * std, cut * std))
+
+
+def _children_first(module: nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and modules below `module`, in timm's order."""
+    for last, child in module.named_children():
+        yield from _children_first(child, f"{name}{last}.")
+        yield name + last, child
+
+
+@torch.no_grad()
 def draw_weights(model: Any, mode: str, needs_reset: bool) -> None:
     """Draw all weights of a ViT anew, by the scheme `mode` (see `ViT.init_weights`)."""
     reset_only = mode in ("reset", "skip")
     head_bias = -math.log(model.num_classes) if mode == "jax_nlhb" and model.num_classes else 0.0
     if model.pos_embed is not None:
-        nn.init.trunc_normal_(model.pos_embed, std=0.02)
+        draw_normal(model.pos_embed, 0.02)
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             nn.init.normal_(token, std=1e-6)
     # Children before parents: an MLP's or a pool's own start overrides that of its layers.
-    for name, module in reversed(list(model.named_modules())[1:]):
+    for name, module in _children_first(model):
         if not reset_only and isinstance(module, nn.Linear):
             _init_linear(module, name, mode, head_bias)
         elif mode.startswith("jax") and isinstance(module, nn.Conv2d):
             std = module.weight[0].numel() ** -0.5 / 0.87962566103423978  # of the cut normal
-            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            draw_normal(module.weight, std, cut=2)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif not reset_only and hasattr(module, "init_weights"):
@@ -43,7 +64,7 @@ def _init_linear(layer: nn.Linear, name: str, mode: str, head_bias: float) -> No
     if bias is not None:
         nn.init.zeros_(bias)
     if not mode:
-        nn.init.trunc_normal_(weight, std=0.02)
+        draw_normal(weight, 0.02)
     elif mode == "moco" and "qkv" in name:  # three matrices in one
         bound = math.sqrt(6 / (weight.shape[0] // 3 + weight.shape[1]))
         nn.init.uniform_(weight, -bound, bound)
