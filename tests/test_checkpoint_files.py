@@ -42,6 +42,49 @@ def test_our_own_files_tell_everything(tmp_path, suffix):
     assert torch.equal(loaded(images), model(images))
 
 
+FOREIGN = {
+    "torchvision": {},
+    "huggingface": {"act_layer": "relu"},
+    "huggingface-dinov2": {"act_layer": "relu", "init_values": 0.5, "num_classes": 0},
+    "clip": {"act_layer": "quick_gelu", "pre_norm": True},
+    "google": {"act_layer": "gelu_tanh", "norm_layer": ("layernorm", 1e-6), "img_size": 24},
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz", ""])
+@pytest.mark.parametrize("format", FOREIGN)
+def test_what_is_saved_for_others_comes_back_as_it_was(tmp_path, format, suffix):
+    pytest.importorskip("safetensors")
+    changes = {"norm_layer": ("layernorm", 3e-4), "num_heads": 4, **FOREIGN[format]}
+    model, path = tiny(std=0.25, pos_resample="dinov2", **changes), tmp_path / f"model{suffix}"
+    if format == "clip":  # whose projection has no bias
+        torch.nn.init.zeros_(model.head.bias)
+    save(model, path, format)
+    assert understand(path).format.name == format
+    loaded, images = load(path).eval(), torch.randn(1, 3, 24, 24)
+    assert vars(loaded.config) == vars(model.config)
+    assert torch.equal(loaded(images), model(images))
+    assert load(path, act_layer="silu").config.act_layer == "silu"  # a user knows better
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{nope", "no JSON"),
+        ("[1]", "found list"),
+        ('{"rotary": true}', "rotary.*newer"),
+        ('{"residual_dtype": "load"}', "'load', no dtype"),
+        ('{"embed_dim": "wide"}', "embed_dim"),
+    ],
+)
+def test_what_our_own_files_say_is_checked(tmp_path, text, why):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(tiny().state_dict(), path, {"vitkern": text})
+    with pytest.raises(CheckpointError, match=why):
+        load(path)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
 def test_timm_reads_what_save_writes(tmp_path, suffix):
     timm = pytest.importorskip("timm")

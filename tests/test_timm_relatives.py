@@ -30,7 +30,7 @@ def test_dinov2(tmp_path, registers, gated):
     assert state["pos_embed"].shape[1] == 10  # the class token has one, whatever it is worth
     theirs_again = theirs(**changes, no_embed_class=registers > 0)
     theirs_again.load_state_dict(timm.checkpoint_filter_fn(dict(state), theirs_again))
-    ours, images = quietly(path, num_heads=4), torch.randn(2, 3, 24, 24)
+    ours, images = quietly(state, num_heads=4, **told), torch.randn(2, 3, 24, 24)
     assert_same(ours, theirs_again, images)
     assert ours.config.pos_resample == ("timm" if registers else "dinov2")
     if registers:  # position 0 belongs to the class token

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vitkern.checkpoint._complete import AMBIGUOUS, USUAL, completed
+from vitkern.checkpoint._config_file import from_json
 from vitkern.checkpoint._files import Source, read
 from vitkern.checkpoint._fit import fit
 from vitkern.checkpoint._infer import infer
@@ -150,9 +151,11 @@ def understand(
 def _understood(source: Source, format: Format, overrides: Fields) -> Checkpoint:
     state = format.prepared(dict(source.state), source.config)
     claims = {key: value for key, value in overrides.items() if key not in _ADAPTED}
-    told: Fields = {**format.fields, **format.described(state, source.config), **claims}
+    told = from_json(source.config)
+    if told is None:
+        told = {**format.fields, **format.described(state, source.config)}
     known = {field.name for field in fields(ViTConfig)}
-    told = {key: value for key, value in told.items() if key in known}
+    told = {**{key: value for key, value in told.items() if key in known}, **claims}
     defaults = format.defaults(state, source.config)
     hints: Fields = {**defaults, **told}
     if "grid_size" in source.config:

@@ -5,6 +5,7 @@ timm finds "architecture" (a name of its own), "model_args" (its arguments that 
 Under "vitkern" stand all fields of `ViTConfig` that aren't their defaults: they alone are exact.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from vitkern._version import __version__
+from vitkern.checkpoint._rules import CheckpointError
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import PRESETS
 
@@ -43,13 +45,34 @@ def to_json(config: ViTConfig) -> dict[str, Any]:
 
 
 def from_json(contents: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Fields of `ViTConfig` that a config.json of ours names; None if it isn't ours."""
+    """All fields of `ViTConfig`, of a config.json or a weight file of ours; None if it isn't ours.
+
+    contents: with an object under "vitkern", or, of a weight file, with its text.
+
+    Raises:
+        CheckpointError: it is no such object, or says what this version doesn't know.
+    """
     own = contents.get("vitkern")
-    if not isinstance(own, Mapping):
+    if own is None:
         return None
-    found = dict(own)
-    if found.get("residual_dtype") is not None:
-        found["residual_dtype"] = getattr(torch, str(found["residual_dtype"]))
+    try:
+        own = json.loads(own) if isinstance(own, str) else own
+    except ValueError as error:
+        raise CheckpointError(f"what it says of its config is no JSON: {error}") from None
+    if not isinstance(own, Mapping):
+        raise CheckpointError(f"its config must be a JSON object, found {type(own).__name__}")
+    found = {**vars(ViTConfig()), **own}
+    unknown = sorted(own.keys() - vars(ViTConfig()).keys())
+    if unknown:
+        raise CheckpointError(
+            f"its config has {', '.join(unknown)}, which vitkern {__version__} doesn't know: was "
+            "it saved by a newer version?"
+        )
+    if isinstance(found["residual_dtype"], str):
+        dtype = getattr(torch, found["residual_dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"its residual_dtype is {found['residual_dtype']!r}, no dtype")
+        found["residual_dtype"] = dtype
     return found
 
 

@@ -151,16 +151,18 @@ def _file(file: Path, config: Mapping[str, Any], path: Path) -> Source:
     found: Any
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
+            names, comment = archive.namelist(), archive.comment
         if names and all(name.endswith(".npy") for name in names):
+            if comment.startswith(b"vitkern "):
+                config = {"vitkern": comment.removeprefix(b"vitkern ").decode(), **config}
             return _unwrapped(_npz(file), config, path, "folder" if folder else "npz")
         found = _torch(file, names)
     elif head.startswith(b"PK"):
         raise CheckpointError(f"{file} is a truncated zip file: its end is missing")
     elif head[8:9] == b"{":
         found, metadata = _safetensors(file)
-        own = {key: metadata[key] for key in ("vitkern",) if key in metadata}
-        config = {**{key: json.loads(text) for key, text in own.items()}, **config}
+        if "vitkern" in metadata:
+            config = {"vitkern": metadata["vitkern"], **config}
         return _unwrapped(found, config, path, "folder" if folder else "safetensors")
     elif head.startswith(b"\x80") or b"ustar" in head:
         found = _torch(file, [])

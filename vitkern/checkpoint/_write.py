@@ -1,6 +1,7 @@
 """Tensors -> a file or a folder."""
 
 import json
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -26,31 +27,33 @@ def write(model: Any, path: Path, format: Format) -> Path:
     written = format.written(state, model.config)
     tensors = {key: _alone(value.contiguous()) for key, value in written.items()}
     if path.suffix and not path.is_dir():
-        _file(tensors, path, model.config, ours=format.name == "timm")
+        _file(tensors, path, model.config)
         return path
     path.mkdir(parents=True, exist_ok=True)
     config = format.config_file(model.config)
     if config is not None:
         text = json.dumps(config, indent=2) + "\n"
         (path / "config.json").write_text(text, encoding="utf-8")
-    _file(tensors, path / "model.safetensors", model.config, ours=format.name == "timm")
+    _file(tensors, path / "model.safetensors", model.config)
     return path
 
 
-def _file(tensors: State, path: Path, config: ViTConfig, ours: bool) -> None:
-    """One file. `ours`: with the config in a place where no other library looks."""
-    own = to_json(config)["vitkern"] if ours else None
+def _file(tensors: State, path: Path, config: ViTConfig) -> None:
+    """One file, with the config in a place where no other library looks.
+
+    No other library's file tells eps, and few tell heads or activation: without it, what was saved
+    would come back as another network.
+    """
+    own = json.dumps(to_json(config)["vitkern"])
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import save_file
         except ModuleNotFoundError as error:
             raise _missing(path, error) from None
-        metadata = {"format": "pt", **({"vitkern": json.dumps(own)} if ours else {})}
-        save_file(tensors, str(path), metadata)
+        save_file(tensors, str(path), {"format": "pt", "vitkern": own})
     elif path.suffix in _TORCH:
         state: Any = OrderedDict(tensors)
-        if ours:
-            state._metadata = OrderedDict({"": {"version": 1, "vitkern": own}})
+        state._metadata = OrderedDict({"": {"version": 1, "vitkern": own}})
         torch.save(state, path)
     elif path.suffix == ".npz":
         try:
@@ -60,6 +63,8 @@ def _file(tensors: State, path: Path, config: ViTConfig, ours: bool) -> None:
         arrays: dict[str, Any] = {key: _array(value) for key, value in tensors.items()}
         with path.open("wb") as file:  # given a name, NumPy would change it
             np.savez(file, **arrays)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = f"vitkern {own}".encode()
     else:
         known = ", ".join((".safetensors", *_TORCH, ".npz"))
         raise ValueError(f"path must end in one of {known}, or be a folder, got {str(path)!r}")

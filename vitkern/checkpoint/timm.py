@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vitkern.checkpoint._config_file import from_json, to_json
+from vitkern.checkpoint._config_file import to_json
 from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import PRESETS
@@ -83,10 +83,7 @@ class Timm(Format):
         return None
 
     def described(self, state: State, config: Mapping[str, Any]) -> Fields:
-        """What config.json says, vitkern's own or timm's; or our own file's metadata."""
-        own = from_json(config)
-        if own is not None:
-            return {**vars(ViTConfig()), **own}
+        """What timm's config.json says."""
         found: Fields = dict(config.get("model_args") or {})
         if config.get("architecture") in PRESETS:  # the name and these arguments are all of it
             try:
