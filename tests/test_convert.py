@@ -243,6 +243,14 @@ def _paths(module: Any) -> None:
     module.blocks[0].drop_path2.drop_prob = 0.3
 
 
+def _overlap(module: Any) -> None:
+    module.patch_embed.proj.stride = (4, 4)
+
+
+def _pad(module: Any) -> None:
+    module.patch_embed.proj.padding = (4, 4)
+
+
 def _meta(module: Any) -> None:
     module.to("meta")
 
@@ -259,6 +267,8 @@ def _meta(module: Any) -> None:
         (_scale, "scaled by 1.0"),
         (_uneven, "projection dropouts differ"),
         (_paths, "stochastic depth"),
+        (_overlap, "patches don't lie side by side"),
+        (_pad, "patches don't lie side by side"),
         (_meta, "on device 'meta'"),
     ],
 )
@@ -415,6 +425,10 @@ def test_refused_options_of_transformers(hf: Any) -> None:
         convert(of_hf(hf, "Dinov2ForImageClassification"))
     with pytest.raises(ConvertError, match="MishActivation"):
         convert(of_hf(hf, "ViTModel", hidden_act="mish"))
+    overlapping = of_hf(hf, "Dinov2Model")
+    overlapping.embeddings.patch_embeddings.projection.stride = (4, 4)
+    with pytest.raises(ConvertError, match="side by side"):
+        convert(overlapping)
     theirs = of_hf(hf, "ViTModel")
     theirs(IMAGES, output_hidden_states=True)  # leaves transformers' own hooks behind
     convert(theirs, check=IMAGES)

@@ -107,26 +107,38 @@ def heads(attentions: Iterable[Any], name: str = "num_heads") -> int:
     return count
 
 
+def patches(conv: nn.Module) -> None:
+    """An error for a convolution whose patches overlap or leave gaps: tensors don't show that."""
+    if isinstance(conv, nn.Conv2d) and not (
+        conv.stride == conv.kernel_size
+        and conv.padding in ((0, 0), "valid")
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    ):
+        raise ConvertError(f"its patches don't lie side by side: {conv}")
+
+
 # timm
 
 
 def timm(module: Any) -> Fields:
     """VisionTransformer, its hybrids, DeiT with two heads, and those with relative positions."""
-    blocks, patches = list(module.blocks), module.patch_embed
-    if foreign.class_name(patches) not in ("timm.PatchEmbed", "timm.HybridEmbed"):
-        raise ConvertError(f"patch_embed is {type(patches).__name__}: none of vitkern's")
-    if patches.img_size is None:
+    blocks, embed = list(module.blocks), module.patch_embed
+    if foreign.class_name(embed) not in ("timm.PatchEmbed", "timm.HybridEmbed"):
+        raise ConvertError(f"patch_embed is {type(embed).__name__}: none of vitkern's")
+    patches(embed.proj)
+    if embed.img_size is None:
         raise ConvertError("patch_embed.img_size is None: the size of its images is unknown")
     outer = [m for name, m in module.named_children() if name not in ("patch_embed", "blocks")]
     inner = [m for block in blocks for _, m in _parts(block)]
     found: Fields = {
-        "img_size": tuple(patches.img_size),
+        "img_size": tuple(embed.img_size),
         "global_pool": module.global_pool,
         "pos_embed": "none" if getattr(module, "pos_embed", None) is None else "learn",
         "no_embed_class": bool(getattr(module, "no_embed_class", False)),
         "norm_layer": norms([*inner, *(m for part in outer for m in part.modules())]),
         "dynamic_img_size": bool(getattr(module, "dynamic_img_size", False)),
-        "dynamic_img_pad": bool(getattr(patches, "dynamic_img_pad", False)),
+        "dynamic_img_pad": bool(getattr(embed, "dynamic_img_pad", False)),
         "drop_rate": module.head_drop.p,
         "pos_drop_rate": rate("position dropouts", [getattr(module, "pos_drop", None)]),
         "patch_drop_rate": getattr(getattr(module, "patch_drop", None), "prob", 0.0),
@@ -135,7 +147,7 @@ def timm(module: Any) -> Fields:
         "pool_include_prefix": bool(getattr(module, "pool_include_prefix", False)),
         **_timm_blocks(blocks),
     }
-    norm = getattr(patches, "norm", None)
+    norm = getattr(embed, "norm", None)
     if norm is not None and type(norm) is not nn.Identity:
         found["embed_norm_layer"] = norms([norm])
     pool = getattr(module, "attn_pool", None)
@@ -253,6 +265,7 @@ def _timm_images(module: Any) -> Fields:
 def torchvision(module: Any) -> Fields:
     """VisionTransformer."""
     blocks = list(module.encoder.layers)
+    patches(module.conv_proj)
     only_one(
         "blocks", [foreign.class_name(block) for block in blocks] + ["torchvision.EncoderBlock"]
     )
@@ -293,6 +306,7 @@ def vit_pytorch(module: Any) -> Fields:
 def open_clip(module: Any) -> Fields:
     """VisionTransformer of open_clip.transformer."""
     blocks = list(module.transformer.resblocks)
+    patches(module.conv1)
     for name, expected in (("attn_pool", None), ("output_tokens", False)):
         if getattr(module, name, expected) is not expected and getattr(module, name):
             raise ConvertError(f"{name}={type(getattr(module, name)).__name__} is not built here")
@@ -342,6 +356,8 @@ def transformers(module: Any) -> Fields:
             "and a ViT here has; set it to 0"
         )
     inside = [m for name, m in module.named_modules() if "pooler" not in name.split(".")]
+    for part in inside:
+        patches(part)
     acts = [m for m in inside if "activation" in type(m).__name__.lower()]
     acts += [m for m in inside if foreign.activation_of(m) and m not in acts]
     lists = [list(m) for m in inside if isinstance(m, nn.ModuleList)]
