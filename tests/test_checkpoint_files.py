@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import warnings
+import zipfile
 from functools import partial
 
 import pytest
@@ -248,8 +249,6 @@ def test_a_vit_out_of_torchscript(tmp_path):
 
 
 def test_torchscript_with_foreign_classes_is_refused(tmp_path):
-    import zipfile
-
     made = str(tmp_path / "made")
     with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
         archive.writestr("evil/data.pkl", pickle.dumps(Evil(made)))
@@ -257,6 +256,22 @@ def test_torchscript_with_foreign_classes_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"posix\.mkdir"):
         read(tmp_path / "evil.pt")
     assert not os.path.exists(made)
+
+
+@pytest.mark.parametrize("kind", ["zip", "script"])
+def test_damaged_pickles_are_called_so(tmp_path, kind):
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    module = nn.Linear(3, 4)
+    script(module, whole) if kind == "script" else torch.save(module.state_dict(), whole)
+    with zipfile.ZipFile(whole) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    data = next(name for name in contents if name.endswith("/data.pkl"))
+    for end in range(1, len(contents[data]) - 1, 3):
+        with zipfile.ZipFile(cut, "w") as archive:
+            for name, value in contents.items():
+                archive.writestr(name, value[:end] if name == data else value)
+        with pytest.raises(CheckpointError, match=r"cut\.pt is no"):
+            read(cut)
 
 
 def containers(folder):
