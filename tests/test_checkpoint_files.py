@@ -270,7 +270,7 @@ def test_damaged_pickles_are_called_so(tmp_path, kind):
         with zipfile.ZipFile(cut, "w") as archive:
             for name, value in contents.items():
                 archive.writestr(name, value[:end] if name == data else value)
-        with pytest.raises(CheckpointError, match=r"cut\.pt is no"):
+        with pytest.raises(CheckpointError, match=r"cut\.pt is (no|a .* code of \w)"):
             read(cut)
 
 
