@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.small_vits import TINY, assert_same, quietly, stir, theirs, tiny
-from vitkern.checkpoint import CheckpointError, load, understand
+from vitkern.checkpoint import CheckpointError, Source, detect, load, understand
 from vitkern.model import ViT
 from vitkern.model.config import ViTConfig
 
@@ -26,6 +26,13 @@ def test_foreign_networks_are_refused():
     for state in (resnet, text, swin):
         with pytest.raises(CheckpointError, match="no ViT that vitkern knows"):
             load(state)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "swinv2"}, {"architecture": "swinv2"}])
+def test_a_foreign_network_is_called_by_its_name(config):
+    source = Source({"layers.0.weight": torch.zeros(2)}, config)
+    with pytest.raises(CheckpointError, match="is 'swinv2', and its 1 tensors begin with layers"):
+        detect(source)
 
 
 def test_relatives_of_timm_are_refused_by_name():

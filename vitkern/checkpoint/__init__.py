@@ -107,16 +107,19 @@ def detect(source: Source) -> Format:
     """Whose layout this is.
 
     Raises:
-        CheckpointError: nobody's that is known; the text says which names were found.
+        CheckpointError: nobody's that is known; the text says which names were found, and what
+            config.json calls the model.
     """
     for candidate in FORMATS:
         if candidate.recognises(source.state, source.config):
             return candidate
     names = ", ".join(list(source.state)[:6])
     tried = ", ".join(candidate.title for candidate in FORMATS)
+    kinds = ((key, source.config.get(key)) for key in ("model_type", "architecture"))
+    called = next((f"its {key} is {kind!r}, and " for key, kind in kinds if kind), "")
     raise CheckpointError(
-        f"{source} is no ViT that vitkern knows: its {len(source.state)} tensors begin with "
-        f"{names}; tried {tried}"
+        f"{source} is no ViT that vitkern knows: {called}its {len(source.state)} tensors begin "
+        f"with {names}; tried {tried}"
     )
 
 
