@@ -152,6 +152,8 @@ def test_averaged_weights_come_first():
     model, other = tiny(), stir(tiny())
     average = torch.optim.swa_utils.AveragedModel(model)
     assert understand(average.state_dict(), num_heads=4).dropped.keys() == {"n_averaged"}
+    found = {"ema": {"decay": 0.9}, "model": model.state_dict()}  # no weights of any average
+    assert read(found).part == "model"
     found = {"state_dict": other.state_dict(), "state_dict_ema": model.state_dict()}
     assert torch.equal(load(found, num_heads=4).head.weight, model.head.weight)
 

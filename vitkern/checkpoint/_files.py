@@ -291,7 +291,10 @@ def _unwrapped(
 ) -> Source:
     """The state dict within a training checkpoint, without what wraps the whole model."""
     config, part = dict(config), []
-    while inner := [key for key in WRAPPERS if isinstance(found.get(key), Mapping) and found[key]]:
+    # A mapping by such a name may hold something else, as the decay of an average.
+    while inner := [
+        key for key in WRAPPERS if isinstance(found.get(key), Mapping) and _flat(found[key])
+    ]:
         for key in ("arch", "model_name", "architecture"):
             if isinstance(found.get(key), str):
                 config.setdefault("architecture", found[key])
