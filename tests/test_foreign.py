@@ -346,6 +346,33 @@ def test_images_are_normalised_as_the_processor_says(hf: Any, tmp_path: Path) ->
     assert config.std == (0.4, 0.5, 0.6)
 
 
+@pytest.mark.parametrize("mean", [(0.1, 0.2, 0.3), 0.4])
+@pytest.mark.parametrize("format", ["huggingface", "huggingface-dinov2", "huggingface-clip"])
+def test_the_processor_makes_images_as_the_model_does(
+    hf: Any, tmp_path: Path, format: str, mean: Any
+) -> None:
+    """Of bytes that need no resizing; and of an image that does, the right size."""
+    model = vitkern.ViT(
+        img_size=32 if "clip" in format else (32, 24),
+        patch_size=8,
+        embed_dim=48,
+        depth=1,
+        num_heads=3,
+        num_classes=0,
+        init_values=1.0 if "dinov2" in format else None,
+        pre_norm="clip" in format,
+        mean=mean,
+        std=0.25,
+    ).eval()
+    save(model, tmp_path, format)
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path)
+    raw = torch.randint(0, 256, (2, *model.config.img_size, 3), dtype=torch.uint8)
+    pixels = processor(list(raw.numpy()), return_tensors="pt").pixel_values
+    close(model(pixels), model(raw))
+    large = torch.zeros(50, 70, 3, dtype=torch.uint8).numpy()
+    assert processor(large, return_tensors="pt").pixel_values.shape[2:] == model.config.img_size
+
+
 RESIZED = ["ViT", "DeiT", "IJepa", "Dinov2", "Dinov2WithRegisters", "CLIPVision", "SiglipVision"]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vitkern._version import __version__
-from vitkern.checkpoint._rules import CheckpointError
+from vitkern.checkpoint._rules import CheckpointError, by_channel
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import PRESETS
 
@@ -95,10 +95,6 @@ def _timms(config: ViTConfig) -> dict[str, Any]:
         return {}
     name, arguments = best
     arguments.pop("num_classes", None)  # which timm takes from outside of them
-    mean, std = (
-        list(value) if isinstance(value, tuple) else [value] * config.in_chans
-        for value in (config.mean, config.std)
-    )
     return {
         "architecture": name,
         "num_classes": config.num_classes,
@@ -109,8 +105,7 @@ def _timms(config: ViTConfig) -> dict[str, Any]:
             "input_size": [config.in_chans, *config.img_size],
             "fixed_input_size": not config.dynamic_img_size,
             "num_classes": config.num_classes,
-            "mean": mean,
-            "std": std,
+            **by_channel(config),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },

@@ -214,6 +214,19 @@ class Format:
         """What this library's config.json says of the model; None where it has no such file."""
         return None
 
+    def images_file(self, config: ViTConfig) -> dict[str, Any] | None:
+        """What its preprocessor_config.json says of images; None where it has no such file."""
+        return None
+
+
+def by_channel(config: ViTConfig) -> dict[str, list[float]]:
+    """`mean` and `std` as files have them, one number for each channel."""
+    values = {"mean": config.mean, "std": config.std}
+    return {
+        key: list(value) if isinstance(value, tuple) else [value] * config.in_chans
+        for key, value in values.items()
+    }
+
 
 def only(
     config: ViTConfig, free: Iterable[str], fixed: Mapping[str, Any] | None = None

@@ -30,10 +30,14 @@ def write(model: Any, path: Path, format: Format) -> Path:
         _file(tensors, path, model.config)
         return path
     path.mkdir(parents=True, exist_ok=True)
-    config = format.config_file(model.config)
-    if config is not None:
-        text = json.dumps(config, indent=2) + "\n"
-        (path / "config.json").write_text(text, encoding="utf-8")
+    files = {
+        "config.json": format.config_file(model.config),
+        "preprocessor_config.json": format.images_file(model.config),
+    }
+    for name, contents in files.items():
+        if contents is not None:
+            text = json.dumps(contents, indent=2) + "\n"
+            (path / name).write_text(text, encoding="utf-8")
     _file(tensors, path / "model.safetensors", model.config)
     return path
 

@@ -17,6 +17,7 @@ from vitkern.checkpoint._rules import (
     Format,
     State,
     View,
+    by_channel,
     layers,
     only,
     reshaped,
@@ -216,10 +217,7 @@ class Clip(Format):
                 "quick_gelu": config.act_layer == "quick_gelu",
                 "vision_cfg": vision,
             },
-            "preprocess_cfg": {
-                key: list(value) if isinstance(value, tuple) else [value] * config.in_chans
-                for key, value in (("mean", config.mean), ("std", config.std))
-            },
+            "preprocess_cfg": by_channel(config),
         }
 
 

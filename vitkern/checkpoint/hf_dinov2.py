@@ -23,6 +23,7 @@ from vitkern.checkpoint.huggingface import (
     read_images,
     without,
     written_config,
+    written_images,
 )
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import IMAGENET
@@ -182,6 +183,10 @@ class HuggingFaceDinov2(Format):
             "layerscale_value": config.init_values,
             **({"num_register_tokens": config.reg_tokens} if registers else {}),
         }
+
+    def images_file(self, config: ViTConfig) -> dict[str, Any] | None:
+        """For `AutoImageProcessor.from_pretrained`."""
+        return written_images(config)
 
 
 def _gated(state: Mapping[str, Tensor]) -> bool:

@@ -37,6 +37,7 @@ from vitkern.checkpoint.huggingface import (
     read_images,
     without,
     written_config,
+    written_images,
 )
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import OPENAI
@@ -115,6 +116,10 @@ class _Tower(Format):
         """Those of this model's configuration class."""
         act = ACTIVATIONS[self.act]
         return {} if config else {"norm_layer": ("layernorm", self.eps), "act_layer": act}
+
+    def images_file(self, config: ViTConfig) -> dict[str, Any] | None:
+        """For `AutoImageProcessor.from_pretrained`."""
+        return written_images(config)
 
 
 def _vision(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vitkern.checkpoint._rules import Fields, Format, State, layers, only, rule
+from vitkern.checkpoint._rules import Fields, Format, State, by_channel, layers, only, rule
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import IMAGENET
 
@@ -183,6 +183,10 @@ class HuggingFace(Format):
             "attention_probs_dropout_prob": 0.0,
         }
 
+    def images_file(self, config: ViTConfig) -> dict[str, Any] | None:
+        """For `AutoImageProcessor.from_pretrained`."""
+        return written_images(config)
+
 
 def _kind(config: ViTConfig) -> str:
     """Their "model_type", and the prefix."""
@@ -253,6 +257,21 @@ def read_config(config: Mapping[str, Any], *, eps: float, act: str, image: int =
     if config.get("head_dim"):
         found["dim_head"] = config["head_dim"]
     return found
+
+
+def written_images(config: ViTConfig) -> dict[str, Any]:
+    """preprocessor_config.json, for `AutoImageProcessor`: how this model's images are made.
+
+    ViT's processor, whichever model it is: those of CLIP and DINOv2 cut out a centre, for which a
+    config has no size.
+    """
+    images, (height, width) = by_channel(config), config.img_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": height, "width": width},
+        "image_mean": images["mean"],
+        "image_std": images["std"],
+    }
 
 
 def written_config(config: ViTConfig) -> dict[str, Any]:
