@@ -129,6 +129,37 @@ def test_no_file_is_called_good_that_is_not(path: Path, monkeypatch: pytest.Monk
         export(model(), path)
 
 
+def test_a_batch_that_is_baked_in_is_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a tracer takes the example's batch for a constant."""
+    if path.suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    real, module = torch.export.export, sys.modules["vitkern.export"]
+
+    def fixed(model: Any, images: Any, dynamic_shapes: Any) -> Any:
+        return real(model, images)
+
+    monkeypatch.setattr(module.torch.export, "export", fixed)
+    with pytest.raises((ValueError, AssertionError, RuntimeError), match=r"size|dimension"):
+        export(model(), path)
+
+
+def test_logits_that_are_all_zero(tmp_path: Path) -> None:
+    """As those of a new head are, in some schemes."""
+    ours = model()
+    torch.nn.init.zeros_(ours.head.weight)
+    torch.nn.init.zeros_(ours.head.bias)
+    assert export(ours, tmp_path / "model.pt2").exists()
+
+
+def test_what_onnxruntime_has_not_is_written_unchecked(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    ours, path = model().bfloat16(), tmp_path / "model.onnx"
+    with pytest.raises(ValueError, match=r"onnxruntime can't run .*check=False"):
+        export(ours, path)
+    assert export(ours, path, check=False).stat().st_size > 10_000
+
+
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"must end in one of .onnx \(ONNX\), .pt2.*got 'model.pt'"
