@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vitkern.convert import convert, foreign
 from vitkern.convert.describe import ConvertError
+from vitkern.model import ViT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -209,6 +211,10 @@ def _patch(module: Any) -> None:
     module.blocks[0].forward = lambda x: x
 
 
+def _patch_a_helper(module: Any) -> None:
+    module._pos_embed = types.MethodType(lambda self, x: type(self)._pos_embed(self, 2 * x), module)
+
+
 def _parametrise(module: Any) -> None:
     nn.utils.parametrize.register_parametrization(module.head, "weight", nn.Identity())
 
@@ -260,6 +266,7 @@ def _meta(module: Any) -> None:
     [
         (_hook, r"blocks\.1\.mlp has hooks"),
         (_patch, r"the forward of blocks\.0 was replaced"),
+        (_patch_a_helper, "the _pos_embed of it was replaced"),
         (_parametrise, "head is parametrised|head is a"),
         (_wrap, r"blocks\.0\.attn\.qkv is a tests\.test_convert"),
         (_norm, "its norms differ"),
@@ -277,6 +284,28 @@ def test_refusals(vit: Callable[..., Any], change: Callable[[Any], None], text: 
     if change is _paths:
         module.blocks[0].drop_path1 = copy.deepcopy(module.blocks[1].drop_path1)
         module.blocks[0].drop_path2 = copy.deepcopy(module.blocks[1].drop_path2)
+    change(module)
+    with pytest.raises(ConvertError, match=text):
+        convert(module)
+
+
+def _tanh(module: Any) -> None:
+    module.blocks[0].mlp.act = nn.Tanh()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_hook, r"blocks\.1\.mlp has hooks"),
+        (_patch, r"forward of blocks\.0 was replaced"),
+        (_wrap, r"qkv is a tests\.test_convert"),
+        (_norm, r"blocks\.1\.norm1 is LayerNorm.*eps=0\.1.*config"),
+        (_tanh, r"act is Tanh\(\), and not so by its config"),
+    ],
+)
+def test_a_vitkern_model_that_was_changed(change: Callable[[Any], None], text: str) -> None:
+    module = ViT(**TIMM)
+    convert(module)
     change(module)
     with pytest.raises(ConvertError, match=text):
         convert(module)
@@ -304,6 +333,8 @@ def test_refused_classes(vit: Callable[..., Any]) -> None:
         convert(nn.Sequential(vit()))
     with pytest.raises(TypeError, match=r"nn\.Module"):
         convert("model.pth")
+    with pytest.raises(TypeError, match="check must be images"):
+        convert(vit(), check=True)
     gated = vit()
     gated.blocks[0].attn.gate = nn.Linear(32, 32)
     with pytest.raises(ConvertError, match=r"attn\.gate"):

@@ -59,7 +59,7 @@ def convert(
             `in_chans`, `global_pool` and `fc_norm`, and the head is drawn anew for `num_classes`.
 
     Raises:
-        TypeError: no module, or an unknown argument.
+        TypeError: no module, no images to `check`, or an unknown argument.
         ConvertError: a class that isn't known, an option that vitkern hasn't, hooks, adapters,
             parametrised, quantised or meta tensors; with copy=False tensors that are packed in
             another way, or would have to be adapted; a `check` with a relative error above 1e-4.
@@ -67,13 +67,15 @@ def convert(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if check is not None and not isinstance(check, Tensor):
+        raise TypeError(f"check must be images [B, C, H, W] or None, got {check!r}")
     check_arguments(overrides)
+    kind = Kind(lambda module: {}) if isinstance(module, ViT) else _kind(module)
+    _sound(module)
     if isinstance(module, ViT):
+        _as_configured(module)
         config, state = module.config, dict(module.state_dict(keep_vars=True))
-        kind = Kind(lambda module: {})
     else:
-        kind = _kind(module)
-        _sound(module)
         config, state = _understood(module, kind)
     classes = overrides.pop("num_classes", None)
     try:
@@ -126,8 +128,9 @@ def _sound(module: nn.Module) -> None:
             raise ConvertError(f"{where} is a {cls.__module__}.{cls.__name__}, not {home}'s own")
         if getattr(part, "parametrizations", None):
             raise ConvertError(f"{where} is parametrised: remove the parametrisation first")
-        if not foreign.has_own_forward(part):
-            raise ConvertError(f"the forward of {where} was replaced")
+        replaced = foreign.replaced_method(part)
+        if replaced:
+            raise ConvertError(f"the {replaced} of {where} was replaced")
         hooks = _hooks(part)
         if hooks:
             raise ConvertError(f"{where} has hooks ({hooks[0]}), which would no longer be called")
@@ -142,6 +145,16 @@ def _sound(module: nn.Module) -> None:
     devices = {tensor.device for _, tensor in tensors}
     if len(devices) > 1:
         raise ConvertError(f"its tensors are on several devices: {', '.join(map(str, devices))}")
+
+
+def _as_configured(module: ViT) -> None:
+    """An error for a part of one of ours that its config doesn't tell of."""
+    made = ViT(**{**vars(module.config), "weight_init": "skip"}, device="meta")
+    usual = {name: (type(part), part.extra_repr()) for name, part in made.named_modules()}
+    for name, part in module.named_modules():
+        kind, details = type(part), part.extra_repr()
+        if name and usual.get(name) != (kind, details):
+            raise ConvertError(f"{name} is {kind.__name__}({details}), and not so by its config")
 
 
 def _hooks(part: Any, prefix: str = "") -> list[str]:

@@ -3,6 +3,8 @@
 The home of a class is its package, so "timm.RmsNorm" is found in whichever file of timm it lies.
 """
 
+import inspect
+
 from torch import nn
 
 from vitkern.model import arguments
@@ -72,12 +74,23 @@ def norm_of(module: nn.Module) -> tuple[str, float] | None:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether an instance runs its class's forward, and no other that was put upon it.
+    """Whether an instance runs its class's forward, and no other that was put upon it."""
+    return "forward" not in module.__dict__ or _own(module, "forward")
 
-    transformers 4 leaves the class's own there, bound, after it recorded outputs.
+
+def replaced_method(module: nn.Module) -> str | None:
+    """The first method of its class in whose place an instance has another; None if it has none."""
+    for name in module.__dict__:
+        if inspect.isfunction(getattr(type(module), name, None)) and not _own(module, name):
+            return name
+    return None
+
+
+def _own(module: nn.Module, name: str) -> bool:
+    """Whether what an instance has by this name is its class's own method, bound.
+
+    transformers 4 leaves such a forward behind after it recorded outputs.
     """
-    forward = module.__dict__.get("forward")
-    if forward is None:
-        return "forward" not in module.__dict__
-    own = getattr(forward, "__func__", None) is type(module).forward
-    return own and forward.__self__ is module
+    value = module.__dict__[name]
+    own = getattr(value, "__func__", None) is getattr(type(module), name)
+    return own and value.__self__ is module
