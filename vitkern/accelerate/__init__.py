@@ -148,9 +148,9 @@ def restore(model: nn.Module) -> nn.Module:
     Harmless on a model with nothing swapped. Returns the model.
 
     Raises:
-        ConvertError: `model` is itself what took a module's place in a larger one; or it got
-            parameters of other shapes meanwhile (a new head, say), for which the module that it
-            replaced has no place.
+        ConvertError: `model` is itself what took a module's place in a larger one; or a module
+            that stands in for another got parameters of other shapes meanwhile (a new head, say),
+            hooks or adapters, for which the one that it replaced has no place.
     """
     if isinstance(model, Tower):
         raise ConvertError("this ViT stands in a larger model: restore that one")

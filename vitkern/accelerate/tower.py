@@ -1,10 +1,11 @@
 """A timm VisionTransformer inside a larger model, replaced by a ViT on the same parameters."""
 
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from vitkern.convert import TIMM, ConvertError, convert, foreign
+from vitkern.convert import TIMM, ConvertError, convert, foreign, sound
 from vitkern.model import ViT
 
 
@@ -12,14 +13,17 @@ class Tower(ViT):
     """A ViT in the place of a timm model, which it keeps beside it, and not below."""
 
     def __getattr__(self, name: str) -> Any:
-        # Parents may use parts of timm's model that ours is made without, `_pos_embed` say. The
-        # old module, on the same parameters, answers for those.
+        # Parents may use what timm's model has and ours has not, `_pos_embed` say. Methods of the
+        # old module run on this one: its own tensors and modes are those of then.
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("__") or "_replaced" not in self.__dict__:
                 raise
-            return getattr(self.__dict__["_replaced"][0], name)
+            (old,) = self.__dict__["_replaced"]
+            value = getattr(old, name)
+            bound = getattr(value, "__self__", None) is old
+            return MethodType(value.__func__, self) if bound else value
 
 
 def is_tower(module: nn.Module) -> bool:
@@ -51,19 +55,30 @@ def put_back(model: nn.Module, tower: Any) -> None:
     """The module that `tower` replaced, with the parameters, buffers and modes of now.
 
     Raises:
-        ConvertError: a parameter got another shape meanwhile.
+        ConvertError: a tensor got another shape meanwhile; or hooks, adapters or other forwards
+            were put into the tower, for which the old module has no place.
     """
+    try:
+        sound(tower)
+    except ConvertError as error:
+        raise ConvertError(f"it can't be undone: {error}") from None
     (old,) = tower.__dict__["_replaced"]
-    ours, theirs = dict(tower.named_modules()), dict(old.named_modules())
-    now, before = tower.state_dict(keep_vars=True), old.state_dict(keep_vars=True)
-    for key in now.keys() | before.keys():
-        shapes = [list(state[key].shape) if key in state else None for state in (now, before)]
+    kept = tower.state_dict().keys() | old.state_dict().keys()
+    now, before = _tensors(tower), _tensors(old)
+    for key in sorted(kept | before.keys()):
+        shapes = [list(t[key].shape) if key in t else None for t in (now, before)]
         if shapes[0] != shapes[1]:
-            raise ConvertError(f"{key} is {shapes[0]} now and was {shapes[1]}: it can't be undone")
-    for key, value in now.items():
-        path, _, name = key.rpartition(".")
-        owner = theirs[path]
-        (owner._parameters if name in owner._parameters else owner._buffers)[name] = value
-    for name, module in theirs.items():
-        module.training = ours[name].training if name in ours else tower.training
+            raise ConvertError(f"it can't be undone: {key} is {shapes[0]} now, was {shapes[1]}")
+    ours = dict(tower.named_modules())
+    for path, module in old.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name in tensors:
+                tensors[name] = now.get(f"{path}.{name}" if path else name)
+        module.training = ours.get(path, tower).training
     _replace(model, old=tower, new=old)
+
+
+def _tensors(module: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers, also those that no state dict holds, under all their names."""
+    tensors: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+    return tensors | dict(module.named_buffers(remove_duplicate=False))

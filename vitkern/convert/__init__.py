@@ -23,7 +23,7 @@ from vitkern.convert.describe import KINDS, TIMM, ConvertError, Kind
 from vitkern.model import ViT
 from vitkern.model.config import ViTConfig, check_arguments
 
-__all__ = ["TIMM", "ConvertError", "convert"]
+__all__ = ["TIMM", "ConvertError", "convert", "sound"]
 
 # Arguments that tensors can be adapted to; all others, but these, must agree with the tensors.
 _ADAPTED = ("img_size", "patch_size", "in_chans", "global_pool", "fc_norm")
@@ -71,7 +71,8 @@ def convert(
         raise TypeError(f"check must be images [B, C, H, W] or None, got {check!r}")
     check_arguments(overrides)
     kind = Kind(lambda module: {}) if isinstance(module, ViT) else _kind(module)
-    _sound(module)
+    sound(module)
+    _numbers(module)
     if isinstance(module, ViT):
         _as_configured(module)
         config, state = module.config, dict(module.state_dict(keep_vars=True))
@@ -117,7 +118,7 @@ def _kind(module: nn.Module) -> Kind:
     raise ConvertError(f"{_name(module)} is no ViT that is known: {', '.join(known)}{hint}")
 
 
-def _sound(module: nn.Module) -> None:
+def sound(module: nn.Module) -> None:
     """An error for whatever makes a module do something else than its classes say."""
     home = type(module).__module__.partition(".")[0]
     homes = {home, "torch", "timm", "einops", "vitkern"}
@@ -134,6 +135,10 @@ def _sound(module: nn.Module) -> None:
         hooks = _hooks(part)
         if hooks:
             raise ConvertError(f"{where} has hooks ({hooks[0]}), which would no longer be called")
+
+
+def _numbers(module: nn.Module) -> None:
+    """An error for tensors that aren't plain numbers in one place, and for hooks on all modules."""
     if _hooks(torch_module, "_global"):
         raise ConvertError("global module hooks are registered")
     tensors = [*module.named_parameters(), *module.named_buffers()]
