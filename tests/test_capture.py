@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.error_budget import assert_within_budget
 from vitkern import CapturedModel, ViT, capture, fold
 from vitkern.capture import CudaGraphs, Graph
+from vitkern.fold import FoldedViT
 
 
 class Recorder:
@@ -363,6 +364,43 @@ def test_threads_take_turns() -> None:
 
 def test_any_module_of_one_output() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).eval()
+    captured, _ = record(model)
+    assert captured.served is model
+    close(captured(images(3)), model(images(3)))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"rel_pos": "mlp", "shared_rel_pos": True, "pos_embed": "none"},
+        {"rel_pos": "bias"},
+        {"block_fn": "diff_parallel_scaling"},
+        {"distilled": True},
+        {"embed_layer": ("resnetv2", ()), "patch_size": 2},
+    ],
+    ids=str,
+)
+def test_other_kinds_of_networks(kind: dict[str, Any]) -> None:
+    model = vit(**kind)
+    captured, _ = record(model)
+    assert type(captured.served) is FoldedViT
+    close(captured(images(3)), model(images(3)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    close(captured(images(3)), model(images(3)))
+
+
+def test_a_subclass_is_folded_unless_it_computes_something_else() -> None:
+    class Other(ViT):
+        """The name alone."""
+
+    model = vit()
+    model.__class__ = Other
+    assert type(record(model)[0].served) is FoldedViT
+    folded = fold(model)
+    assert record(folded)[0].served is folded
+    Other.pool = lambda self, x, pool_type=None: x[:, 1]  # type: ignore[method-assign]
     captured, _ = record(model)
     assert captured.served is model
     close(captured(images(3)), model(images(3)))

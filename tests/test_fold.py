@@ -40,6 +40,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no final norm": {"final_norm": False},
     "dropout": {"proj_drop_rate": 0.5, "drop_path_rate": 0.5, "drop_rate": 0.5},
 }
+# Of these some parts have to stay.
+OTHERS: dict[str, dict[str, Any]] = {
+    "relative positions": {"rel_pos": "bias", "qk_norm": True, "pos_embed": "none"},
+    "shared relative positions": {"rel_pos": "mlp", "shared_rel_pos": True},
+    "differential": {"attn_layer": "diff"},
+    "norms behind": {"block_fn": "res_post_norm"},
+    "branches side by side": {"block_fn": "parallel_things"},
+    "one branch": {"block_fn": "parallel_scaling", "qkv_bias": False},
+    "norms within": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "distilled": {"distilled": True},
+    "distilled, layer before the head": {"distilled": True, "representation_size": 9},
+    "norms of patches": {"embed_norm_layer": "layernorm", "patch_norm": True},
+    "prr": {"global_pool": "prr"},
+    "wide heads": {"dim_head": 24},
+}
 
 
 def trained(**arguments: Any) -> ViT:
@@ -78,6 +93,14 @@ def test_nothing_but_rounding_changes(variant: str, head: bool) -> None:
     torch.testing.assert_close(fold(in_double, head=head)(x), expected, rtol=1e-12, atol=1e-12)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(now, before[name]) for name, now in model.state_dict().items())
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_networks_change_no_more(other: str) -> None:
+    model, x = trained(**OTHERS[other]).double(), images().double()
+    folded = fold(model, head=True)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+    assert len(list(folded.parameters())) < len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -255,6 +278,28 @@ def test_uint8_and_attention_maps() -> None:
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), None, ViT], ids=lambda m: str(m)[:8])
 def test_refuses_what_is_no_vit(model: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a vitkern\.ViT, got"):
+        fold(model)
+
+
+class Named(ViT):
+    """A subclass that computes what a ViT does."""
+
+
+class Halved(ViT):
+    """One that doesn't."""
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return super().forward_head(x, pre_logits) / 2
+
+
+def test_a_subclass_folds_unless_it_computes_something_else() -> None:
+    model = Named(**SMALL).eval()
+    assert type(fold(model)) is FoldedViT
+    torch.testing.assert_close(fold(model)(images()), model(images()))
+    with pytest.raises(TypeError, match="got Halved, whose forward_head was overridden"):
+        fold(Halved(**SMALL))
+    setattr(model, "forward", lambda x: x)  # noqa: B010
+    with pytest.raises(TypeError, match="got Named, whose forward was overridden"):
         fold(model)
 
 

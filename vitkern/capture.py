@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vitkern.fold import FoldedViT, unfoldable
 from vitkern.fold import fold as fold_model
 from vitkern.kernels._op import autocast_dtype, dtype_name
-from vitkern.model import ViT
 from vitkern.model.layers import plain
 
 Graph = tuple[Callable[[], None], Tensor]  # how to replay it, and the output that it writes
@@ -247,7 +247,7 @@ class CapturedModel:
                 return
             self._graphs.clear()
             self._backend.reset(self.device)
-            own = self.fold and type(self.model) is ViT
+            own = self.fold and not (isinstance(self.model, FoldedViT) or unfoldable(self.model))
             self._watch = _Watch(self.model, values=own)
             self.served = self._folded() if own else self.model
             size = (self.batch_sizes[-1], *self.shape)
@@ -343,7 +343,7 @@ def capture(
             its shape, dtype, device and layout count.
         batch_sizes: those to capture; the powers of two below the example's batch size, and that,
             if None.
-        fold: capture a folded copy (see `vitkern.fold`) of a plain ViT. It takes the memory of its
+        fold: capture a folded copy (see `vitkern.fold`), if it is a ViT. It takes the memory of its
             weights once more; under autocast they are cast in advance.
 
     Raises:

@@ -71,10 +71,11 @@ def fold(model: ViT, *, head: bool = False) -> FoldedViT:
         state dicts. With float32 weights it fits autocast to any dtype.
 
     Raises:
-        TypeError: anything but a vitkern.ViT. Fold a model before compiling or wrapping it.
+        TypeError: anything but a vitkern.ViT, or one with a forward pass of its own. Fold a model
+            before compiling or wrapping it.
     """
-    if type(model) not in (ViT, FoldedViT):
-        raise TypeError(f"model must be a vitkern.ViT, got {type(model).__name__}")
+    if reason := unfoldable(model):
+        raise TypeError(f"model must be a vitkern.ViT, got {type(model).__name__}{reason}")
     copy: Any = deepcopy(model)
     copy.__class__ = FoldedViT
     owners = Counter(id(p) for _, p in copy.named_parameters(remove_duplicate=False))
@@ -89,6 +90,14 @@ def fold(model: ViT, *, head: bool = False) -> FoldedViT:
         _fold_final_norm(copy, shared)
     folded: FoldedViT = copy.requires_grad_(False).eval()
     return folded
+
+
+def unfoldable(model: nn.Module) -> str | None:
+    """Why `model` can't be folded, as the end of an error; None where it can."""
+    if not isinstance(model, ViT):
+        return "; fold a model before compiling or wrapping it"
+    other = model.overridden("forward")
+    return other and f", whose {other}"
 
 
 def _fold_block(block: Any, shared: set[int]) -> None:

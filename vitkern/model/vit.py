@@ -211,10 +211,16 @@ class ViT(Pretrained, nn.Module):
         last = self.blocks[-1] if len(self.blocks) else None
         if last is None or not plain(last, Block):
             return "the last block was replaced, wrapped or hooked"
-        for name in ("forward_features", "forward_head", "pool", "embed", "step"):
+        return self.overridden() or last.class_token_problem()
+
+    def overridden(self, *more: str) -> str | None:
+        """That a subclass or the model itself has another way for a step of forward, or for `more`;
+        None if not.
+        """
+        for name in ("forward_features", "forward_head", "pool", "embed", "step", *more):
             if name in self.__dict__ or getattr(type(self), name) is not getattr(ViT, name):
                 return f"{name} was overridden"
-        return last.class_token_problem()
+        return None
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, T + N, D] to features [B, D]; all tokens as they are with pool ""."""
