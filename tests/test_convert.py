@@ -408,6 +408,7 @@ HF = {
     "CLIPVisionModel": {},
     "CLIPVisionModelWithProjection": {},
     "SiglipVisionModel": {},
+    "BeitModel": {},  # without any positions
     "BeitForImageClassification": {"use_relative_position_bias": True, "drop_path_rate": 0.1},
 }
 

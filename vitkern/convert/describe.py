@@ -365,7 +365,9 @@ def transformers(module: Any) -> Fields:
     if blocks is None:
         raise ConvertError("it has no list of layers")
     names = ("attention_probs_dropout_prob", "attention_dropout")
+    placed = any("position_embedding" in name for name, _ in module.named_parameters())
     return {
+        "pos_embed": "learn" if placed else "none",  # none of these classes computes them
         "norm_layer": norms(inside),
         "attn_drop_rate": next((getattr(config, n) for n in names if hasattr(config, n)), 0.0),
         "drop_path_rate": schedule(blocks),
