@@ -18,6 +18,7 @@ from vitkern.accelerate import ALONE, accelerate, blocks, restore
 from vitkern.accelerate.tower import Tower
 from vitkern.convert import ConvertError
 from vitkern.kernels._op import record_choices
+from vitkern.model import ViT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -361,6 +362,11 @@ def test_nothing_to_do() -> None:
         accelerate(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 1))
     with pytest.raises(ConvertError, match="no transformer in Linear"):
         accelerate(nn.Linear(2, 2))
+    with pytest.raises(ConvertError, match=r"is a vitkern\.ViT already"):
+        accelerate(nn.Sequential(ViT(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2)))
+    for function in (accelerate, restore):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+            function("model.pth")
     with pytest.raises(ValueError, match="impl"):
         accelerate(torchvision_model(), impl="fastest")
     with pytest.raises(ValueError, match="save"):

@@ -18,6 +18,7 @@ from vitkern.accelerate.layouts import CAUSAL_TEXT, LAYOUTS, PAIRS
 from vitkern.accelerate.tower import Tower, is_tower, put_back
 from vitkern.accelerate.tower import swap as swap_tower
 from vitkern.convert import ConvertError, foreign
+from vitkern.model import ViT
 from vitkern.model.arguments import implementations
 from vitkern.model.config import SAVES, ViTConfig
 
@@ -68,8 +69,10 @@ def accelerate(model: nn.Module, *, impl: Any = "auto", save: str | None = None)
         impl, save: as for `ViTConfig`.
 
     Raises:
+        TypeError: no module.
         ConvertError: there is nothing to swap; the text names what was seen.
     """
+    _check_module(model)
     how = implementations(impl)
     impls = ViTConfig(impl=how).implementations
     if save is not None and save not in SAVES:
@@ -80,6 +83,11 @@ def accelerate(model: nn.Module, *, impl: Any = "auto", save: str | None = None)
     if all(row.done == ALONE for row in rows):
         raise ConvertError(_nothing(model, rows))
     return Report(tuple(rows), model)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def _towers(model: nn.Module, impl: Any, save: str | None) -> Iterator[Row]:
@@ -130,6 +138,8 @@ def _nothing(model: nn.Module, rows: list[Row]) -> str:
     if rows:
         reasons = [f"{row.name or 'the model'} ({row.module}): {row.why}" for row in rows]
         return "nothing to accelerate: " + "; ".join(reasons[:4])
+    if any(isinstance(module, ViT) for module in model.modules()):
+        return "nothing to accelerate: its Vision Transformer is a vitkern.ViT already"
     words = ("transformer", "vit", "block", "attention", "encoder", "layer")
     seen = {
         foreign.class_name(module)
@@ -148,10 +158,12 @@ def restore(model: nn.Module) -> nn.Module:
     Harmless on a model with nothing swapped. Returns the model.
 
     Raises:
+        TypeError: no module.
         ConvertError: `model` is itself what took a module's place in a larger one; or a module
             that stands in for another got parameters of other shapes meanwhile (a new head, say),
             hooks or adapters, for which the one that it replaced has no place.
     """
+    _check_module(model)
     if isinstance(model, Tower):
         raise ConvertError("this ViT stands in a larger model: restore that one")
     for module in list(model.modules()):
