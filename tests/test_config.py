@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import pickle
 import subprocess
 import sys
@@ -152,10 +153,28 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "mlp_ratio must give an even hidden width",
     ),
     ({"init_values": "small"}, TypeError, "init_values must be a number"),
+    ({"init_values": math.nan}, ValueError, "init_values must be finite, got nan"),
+    ({"mlp_ratio": math.inf}, ValueError, "mlp_ratio must be finite, got inf"),
+    ({"std": (1, 1, math.nan)}, ValueError, "std must be finite, got nan"),
     (
         {"scale_attn_norm": True, "block_fn": "parallel_scaling"},
         ValueError,
-        "scale_attn_norm and scale_mlp_norm are not built in parallel_scaling",
+        "scale_attn_norm=True is not built in parallel_scaling blocks",
+    ),
+    (
+        {"mlp_layer": "swiglu", "block_fn": "parallel_scaling"},
+        ValueError,
+        "mlp_layer='swiglu' is not built in parallel_scaling blocks",
+    ),
+    (
+        {"attn_layer": "diff", "block_fn": "diff_parallel_scaling"},
+        ValueError,
+        "attn_layer='diff' is not built in diff_parallel_scaling blocks",
+    ),
+    (
+        {"dim_head": 16, "block_fn": "parallel_scaling"},
+        ValueError,
+        "dim_head=16 is not built in parallel_scaling blocks",
     ),
     ({"embed_norm_layer": nn.BatchNorm1d}, ValueError, "embed_norm_layer=.*BatchNorm1d"),
     ({"embed_layer": "resnet"}, ValueError, "embed_layer='resnet'.*expected None, timm.PatchEmbed"),
@@ -166,6 +185,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rel_pos": "bias", "reg_tokens": 1}, ValueError, "rel_pos='bias' needs every patch"),
     ({"shared_rel_pos": True}, ValueError, "shared_rel_pos=True needs rel_pos"),
     ({"distilled": True, "global_pool": "avg"}, ValueError, "distilled=True needs class_token"),
+    ({"distilled": True, "fc_norm": True}, ValueError, "distilled=True needs.*no fc_norm"),
     ({"pos_resample": "scipy"}, ValueError, "pos_resample must be one of 'timm'"),
     ({"norm_layer": nn.BatchNorm1d}, ValueError, "norm_layer=.*BatchNorm1d.*expected 'layernorm'"),
     ({"norm_layer": nn.RMSNorm}, ValueError, "norm_layer=.*RMSNorm"),

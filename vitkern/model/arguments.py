@@ -6,6 +6,7 @@ or raises an error that names the argument, what was given and what is expected.
 
 import difflib
 import functools
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -118,9 +119,11 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def number(name: str, value: Any) -> float:
-    """A number as a float."""
+    """A finite number as a float."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 
 

@@ -86,9 +86,10 @@ class ViTConfig:
         residual_dtype: dtype of the residual stream; None for what eager PyTorch would give it.
         drop_path_mode: "scale" multiplies the branches of dropped samples by zero; "subset" leaves
             those samples out of the computation (see `layers.DropPath` for the statistics).
-        save: what a block keeps for its backward pass: "balanced" (recompute activations only),
-            "minimal" (recompute fc1 and attention too), or None: "balanced" where fused kernels
-            run, what PyTorch's autograd keeps elsewhere.
+        save: what the fused halves of a block keep for their backward pass: "balanced" (recompute
+            activations only), "minimal" (recompute fc1 and attention too), or None: "balanced"
+            where fused kernels run, what PyTorch's autograd keeps elsewhere. Other kinds of blocks
+            than "pre_norm", and halves that run module by module, keep what autograd does.
         impl: implementation of every op ("auto", "triton", "reference"), or a mapping from op name
             to implementation.
 
@@ -240,18 +241,24 @@ class ViTConfig:
     def _check_blocks(self) -> None:
         """Options that one kind of block or attention has and another has not."""
         block, _ = self.block
-        scaled = self.scale_attn_norm or self.scale_mlp_norm
-        if scaled and block in ("parallel_scaling", "diff_parallel_scaling"):
-            raise ValueError(f"scale_attn_norm and scale_mlp_norm are not built in {block} blocks")
+        if block in ("parallel_scaling", "diff_parallel_scaling"):  # whose branches share layers
+            own = self.dim_head is not None and self.inner_dim != self.embed_dim
+            for name, given in (
+                ("scale_attn_norm", self.scale_attn_norm),
+                ("scale_mlp_norm", self.scale_mlp_norm),
+                ("mlp_layer", self.mlp_layer != "mlp"),
+                ("attn_layer", self.attn_layer != "attn"),
+                ("dim_head", own),
+            ):
+                if given:
+                    value = getattr(self, name)
+                    raise ValueError(f"{name}={value!r} is not built in {block} blocks")
         halves = self.attention[0] == "diff" or block == "diff_parallel_scaling"
         if halves and (self.dim_head is not None or self.head_dim % 2):
             raise ValueError(
                 f"differential attention needs an even head width, embed_dim / num_heads, got "
                 f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dim_head={self.dim_head}"
             )
-        own = self.dim_head is not None and self.head_dim * self.num_heads != self.embed_dim
-        if own and block in ("parallel_scaling", "diff_parallel_scaling"):
-            raise ValueError(f"dim_head={self.dim_head} is not built in {block} blocks")
         if self.rel_pos and (self.attention[0] == "diff" or "parallel" in block):
             raise ValueError(
                 f"rel_pos={self.rel_pos!r} is not built with block_fn={block!r} and "
@@ -264,8 +271,11 @@ class ViTConfig:
             )
         if self.shared_rel_pos and not self.rel_pos:
             raise ValueError("shared_rel_pos=True needs rel_pos")
-        if self.distilled and (self.global_pool not in ("token", "") or not self.class_token):
-            raise ValueError("distilled=True needs class_token=True and global_pool='token'")
+        fits = self.global_pool in ("token", "") and self.class_token and not self.fc_norm
+        if self.distilled and not fits:
+            raise ValueError(
+                "distilled=True needs class_token=True, global_pool='token' and no fc_norm"
+            )
         if self.patch_norm and self.embed_layer is not None:
             raise ValueError("patch_norm=True is not built with an embed_layer")
 
