@@ -53,6 +53,17 @@ def test_dinov3_is_refused_by_name():
         )
 
 
+def test_tensors_that_would_be_lost_or_misread():
+    state = tiny().state_dict()
+    twice = {f"backbone.{key}": value for key, value in state.items()}
+    with pytest.raises(CheckpointError, match=r"backbone\.norm\.weight and norm\.weight would"):
+        load({**twice, "norm.weight": torch.ones(64)}, num_heads=4)
+    for dtype in (torch.int8, torch.complex64):
+        quantised = {**state, "blocks.1.mlp.fc1.weight": torch.zeros(256, 64, dtype=dtype)}
+        with pytest.raises(CheckpointError, match=rf"fc1.weight is {dtype}, expected torch"):
+            load(quantised, num_heads=4)
+
+
 def test_tensors_that_are_missing_or_too_many():
     state = tiny().state_dict()
     for name in ("blocks.1.attn.proj.weight", "head.bias", "blocks.0.norm2.bias", "norm.bias"):

@@ -178,7 +178,7 @@ def _understood(source: Source, format: Format, overrides: Fields) -> Checkpoint
         native = ViTConfig(**own)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from None
-    _complete(found, native)
+    _check_whole(found, native)
     changes = {key: value for key, value in overrides.items() if key in _ADAPTED}
     target, found, fresh, gone = fit(found, native, changes)
     for field in changes:
@@ -217,7 +217,7 @@ def _dropped(left: State, format: Format) -> dict[str, str]:
     return reasons
 
 
-def _complete(state: State, config: ViTConfig) -> None:
+def _check_whole(state: State, config: ViTConfig) -> None:
     """An error unless the tensors are those of a model of `config`, name by name."""
     expected = ViT(**{**vars(config), "weight_init": "skip"}, device="meta").state_dict()
     missing = [key for key in expected if key not in state]
@@ -227,6 +227,8 @@ def _complete(state: State, config: ViTConfig) -> None:
         parts += [f"it has tensors that have no place here: {_some(extra)}"] if extra else []
         raise CheckpointError("; ".join(parts))
     for key, value in state.items():
+        if value.is_floating_point() != expected[key].is_floating_point():  # quantised, perhaps
+            raise CheckpointError(f"{key} is {value.dtype}, expected {expected[key].dtype}")
         if value.shape != expected[key].shape:
             raise CheckpointError(
                 f"{key} is {list(value.shape)}, expected {list(expected[key].shape)}"
@@ -327,5 +329,5 @@ def save(model: ViT, path: str | os.PathLike[str], format: str = "timm") -> Path
     problem = chosen.unfit(model.config)
     if problem:
         raise ValueError(f"{chosen.title} has {problem}")
-    _complete(model.state_dict(), model.config)
+    _check_whole(model.state_dict(), model.config)
     return write(model, Path(path), chosen)

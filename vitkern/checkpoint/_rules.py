@@ -107,6 +107,21 @@ def _named(name: str, number: str | None) -> str:
     return name if number is None else name.replace("{i}", number)
 
 
+def renamed(state: Mapping[str, Tensor], name_of: Callable[[str], str]) -> State:
+    """The tensors by other names.
+
+    Raises:
+        CheckpointError: two get the same name, of which one would be lost.
+    """
+    found, old = State(), dict[str, str]()
+    for key, value in state.items():
+        name = name_of(key)
+        if name in found:
+            raise CheckpointError(f"{old[name]} and {key} would both be {name}")
+        found[name], old[name] = value, key
+    return found
+
+
 def to_ours(
     state: Mapping[str, Tensor], rules: Iterable[Rule], fields: Fields
 ) -> tuple[State, State]:

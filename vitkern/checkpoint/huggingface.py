@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vitkern.checkpoint._rules import Fields, Format, State, by_channel, layers, only, rule
+from vitkern.checkpoint._rules import Fields, Format, State, by_channel, layers, only, renamed, rule
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import IMAGENET
 
@@ -215,7 +215,7 @@ def prefix_of(keys: Iterable[str], name: str, prefixes: Iterable[str]) -> str | 
 
 def without(state: State, prefix: str) -> State:
     """The tensors, without the prefix where they have it."""
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    return renamed(state, lambda key: key.removeprefix(prefix))
 
 
 def problem_of(config: Mapping[str, Any], patches: Tensor | None) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitkern.checkpoint._config_file import to_json
-from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State
+from vitkern.checkpoint._rules import CheckpointError, Fields, Format, State, renamed
 from vitkern.model.config import ViTConfig
 from vitkern.model.presets import PRESETS
 
@@ -61,16 +61,14 @@ class Timm(Format):
 
     def prepared(self, state: State, config: Mapping[str, Any]) -> State:
         """Without what stands before all names; the spelling of today."""
-        start, renamed = tower(state), State()
-        for key, value in state.items():
-            key = re.sub(r"\.gamma_([12])\Z", r".ls\1.gamma", key.removeprefix(start))
-            renamed[key] = value
-        weight = renamed.get("patch_embed.proj.weight")
+        start, scale = tower(state), re.compile(r"\.gamma_([12])\Z")
+        found = renamed(state, lambda key: scale.sub(r".ls\1.gamma", key.removeprefix(start)))
+        weight = found.get("patch_embed.proj.weight")
         if weight is not None and weight.dim() == 2:
             side = round((weight.shape[1] / 3) ** 0.5)
             if side * side * 3 == weight.shape[1]:
-                renamed["patch_embed.proj.weight"] = weight.unflatten(1, (3, side, side))
-        return renamed
+                found["patch_embed.proj.weight"] = weight.unflatten(1, (3, side, side))
+        return found
 
     def problem(self, state: State, config: Mapping[str, Any]) -> str | None:
         """Relatives that share its names, but not its layers."""
