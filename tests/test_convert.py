@@ -376,6 +376,10 @@ def test_torchvision() -> None:
         assert (config.proj_drop_rate, config.attn_drop_rate) == (0.1, 0.2)
         ours(IMAGES).sum().backward()
         assert theirs.conv_proj.weight.grad is not None
+    theirs = module.VisionTransformer(16, 8, 1, 2, 16, 16, representation_size=20)
+    theirs.heads.act = nn.ReLU()
+    with pytest.raises(ConvertError, match=r"heads\.act is ReLU"):
+        convert(theirs)
     stem = [module.ConvStemConfig(8, 3, 2), module.ConvStemConfig(8, 3, 4)]
     with pytest.raises(ConvertError, match="stem"):
         convert(module.VisionTransformer(16, 8, 1, 2, 16, 16, conv_stem_configs=stem))
@@ -394,6 +398,25 @@ def test_vit_pytorch() -> None:
         assert (ours.config.proj_drop_rate, ours.config.pos_drop_rate) == (0.1, 0.2)
         with pytest.raises(ConvertError, match=r"patch_embed.*another way"):
             convert(theirs, copy=False)
+    # What no tensor tells, and the module does.
+    theirs = drawn(module.ViT(**{**sizes, "channels": 5}, num_classes=5, heads=3, dim_head=8))
+    convert(theirs, check=torch.randn(1, 5, 16, 16))
+    theirs = drawn(module.ViT(**sizes, num_classes=5, heads=3, dim_head=8))
+    theirs.to_patch_embedding[1].eps = theirs.to_patch_embedding[3].eps = 0.1
+    convert(theirs, check=IMAGES)
+    theirs.pool = "mean"  # beside a class token, as all had it until 2025-11
+    assert convert(theirs, check=IMAGES).config.pool_include_prefix
+    theirs.to_patch_embedding[0].pattern = "b c (h p1) (w p2) -> b (h w) (c p1 p2)"
+    with pytest.raises(ConvertError, match="patches are cut as"):
+        convert(theirs)
+
+
+def test_vit_pytorch_that_is_not_square() -> None:
+    module = pytest.importorskip("vit_pytorch.vit")
+    for image, patch in (((16, 24), (8, 4)), ((16, 64), 8)):  # 2 x 8 patches could be 4 x 4
+        sizes = {"image_size": image, "patch_size": patch, "dim": 32, "depth": 1, "mlp_dim": 48}
+        theirs = drawn(module.ViT(**sizes, num_classes=5, heads=3, dim_head=8))
+        convert(theirs, img_size=image, check=torch.randn(1, 3, *image))
 
 
 HF = {

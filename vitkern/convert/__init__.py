@@ -77,7 +77,7 @@ def convert(
         _as_configured(module)
         config, state = module.config, dict(module.state_dict(keep_vars=True))
     else:
-        config, state = _understood(module, kind)
+        config, state = _understood(module, kind, overrides)
     classes = overrides.pop("num_classes", None)
     try:
         target = replace(config, **{k: v for k, v in overrides.items() if k not in _ADAPTED})
@@ -173,7 +173,9 @@ def _hooks(part: Any, prefix: str = "") -> list[str]:
     ]
 
 
-def _understood(module: nn.Module, kind: Kind) -> tuple[ViTConfig, dict[str, Tensor]]:
+def _understood(
+    module: nn.Module, kind: Kind, overrides: dict[str, Any]
+) -> tuple[ViTConfig, dict[str, Tensor]]:
     """The module's config, and its tensors under our names."""
     state = {kind.prefix + key: v for key, v in module.state_dict(keep_vars=True).items()}
     try:
@@ -183,7 +185,9 @@ def _understood(module: nn.Module, kind: Kind) -> tuple[ViTConfig, dict[str, Ten
         grid = getattr(getattr(module, "patch_embed", module), "grid_size", None)
         if grid is not None:
             given["grid_size"] = tuple(grid)
-        claims = {key: value for key, value in live.items() if key not in _ADAPTED}
+        claims = {k: v for k, v in live.items() if k not in _ADAPTED or k in kind.told}
+        if "img_size" not in live and "img_size" in overrides:
+            claims["img_size"] = overrides["img_size"]  # nothing else may tell it
         found = understand(Source(state, given, container=type(module).__name__), **claims)
         used = {key: why for key, why in found.dropped.items() if not _is_unused(key)}
         if used:

@@ -27,13 +27,15 @@ class Kind:
 
     live: fields that the tensors don't show. config: what its format reads as config.json.
     prefix: what its names need in front to be those of a checkpoint. output: the attribute of what
-    forward returns that a `ViT` computes, "tokens" where that is its `forward_features`.
+    forward returns that a `ViT` computes, "tokens" where that is its `forward_features`. told:
+    fields of `live` without which its tensors can't be read.
     """
 
     live: Callable[[Any], Fields]
     config: Callable[[Any], Mapping[str, Any]] = lambda module: {}
     prefix: str = ""
     output: str = ""
+    told: tuple[str, ...] = ()
 
 
 def only_one(what: str, values: Iterable[Any]) -> Any:
@@ -266,6 +268,8 @@ def torchvision(module: Any) -> Fields:
     """VisionTransformer."""
     blocks = list(module.encoder.layers)
     patches(module.conv_proj)
+    if type(getattr(module.heads, "act", None)) not in (nn.Tanh, type(None)):
+        raise ConvertError(f"heads.act is {module.heads.act}: only Tanh is built here")
     only_one(
         "blocks", [foreign.class_name(block) for block in blocks] + ["torchvision.EncoderBlock"]
     )
@@ -290,16 +294,25 @@ def vit_pytorch(module: Any) -> Fields:
     drops = [m for a, f in pairs for m in (*a.to_out.modules(), *f.modules())]
     if type(module.to_latent) is not nn.Identity:
         raise ConvertError("to_latent is no Identity")
+    cut, embed = module.to_patch_embedding[0], list(module.to_patch_embedding.modules())
+    if not cut.pattern.replace(" ", "").endswith("(p1p2c)"):
+        raise ConvertError(f"its patches are cut as {cut.pattern!r}")
     found: Fields = {
+        "patch_size": (cut.axes_lengths["p1"], cut.axes_lengths["p2"]),
         "num_heads": heads((attention for attention, _ in pairs), "heads"),
-        "norm_layer": norms(module.modules()),
+        "norm_layer": norms(m for m in module.modules() if m not in embed),
         "act_layer": activations(m for _, f in pairs for m in f.net if type(m).__name__ == "GELU"),
         "pos_drop_rate": module.dropout.p,
         "attn_drop_rate": rate("attention dropouts", (attention.dropout for attention, _ in pairs)),
         "proj_drop_rate": rate("dropouts", drops),
     }
+    within = norms(embed)
+    if within is not None:
+        found["embed_norm_layer"] = within
     if getattr(module, "mlp_head", None) is None:
         found["global_pool"] = ""
+    elif module.pool == "mean" and module.cls_token.numel():  # until 2025-11
+        found |= {"global_pool": "avg", "pool_include_prefix": True}
     return found
 
 
@@ -392,7 +405,7 @@ TIMM = {
 KINDS: dict[str, Kind] = {
     **TIMM,
     "torchvision.VisionTransformer": Kind(torchvision),
-    "vit_pytorch.ViT": Kind(vit_pytorch),
+    "vit_pytorch.ViT": Kind(vit_pytorch, told=("patch_size",)),
     "open_clip.VisionTransformer": Kind(open_clip, _open_clip_config),
     "open_clip.TimmModel": Kind(open_clip_trunk, prefix="visual."),
     **{
