@@ -399,6 +399,30 @@ def test_input_sizes_that_make_no_sense() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+class OwnPatches(nn.Module):
+    """A user's patch embedding."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        self.proj = given.proj
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_patches_of_ones_own(dynamic: bool, images: Tensor) -> None:
+    model = build(dynamic_img_size=dynamic)
+    options = {"return_prefix_tokens": True, "norm": True}
+    expected = model.forward_intermediates(images, **options)
+    model.patch_embed = OwnPatches(model.patch_embed)  # type: ignore[assignment]
+    found = model.forward_intermediates(images, **options)
+    for actual, wanted in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(actual, wanted)
+    with pytest.raises(ValueError, match=r"patch_size.* OwnPatches, has no set_input"):
+        model.set_input_size(48)
+
+
 def test_a_state_dict_of_another_patch_size_is_resampled(images: Tensor) -> None:
     theirs, ours = pair()
     large = build(img_size=(64, 48), patch_size=16)

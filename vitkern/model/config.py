@@ -308,6 +308,13 @@ class ViTConfig:
         """Patches in a column and in a row of an image of `img_size`."""
         return (self.img_size[0] // self.stride[0], self.img_size[1] // self.stride[1])
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The same for an image of this height and width, the last patches padded or left out."""
+        rows, columns = self.stride
+        if self.dynamic_img_pad:
+            return -(-height // rows), -(-width // columns)
+        return height // rows, width // columns
+
     @property
     def stride(self) -> tuple[int, int]:
         """Height and width of the image behind one token, in pixels."""

@@ -75,11 +75,7 @@ class PatchEmbed(nn.Module):
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Patches in a column and a row of an image of this height and width."""
-        height, width = img_size
-        rows, columns = self.config.stride
-        if self.config.dynamic_img_pad:
-            return -(-height // rows), -(-width // columns)
-        return height // rows, width // columns
+        return self.config.grid_of(*img_size)
 
     @torch.no_grad()
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:

@@ -73,7 +73,7 @@ def forward_intermediates(
             "out: expected 'NLC', or a model in evaluation mode"
         )
     images = check_images(images, config)
-    grid = model.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))
+    grid = config.grid_of(*images.shape[2:])
     stream, bias, last = Stream(model.embed(images)), model.attn_bias(), len(model.blocks) - 1
     kept: list[Tensor] = []
     for i, block in enumerate(model.blocks):

@@ -56,6 +56,11 @@ def reset_classifier(model: Any, num_classes: int, global_pool: str | None) -> N
 def set_input_size(model: Any, img_size: Any, patch_size: Any) -> None:
     """See `ViT.set_input_size`."""
     embed, old_grid = model.patch_embed, model.config.grid_size
+    if not hasattr(embed, "set_input_size"):
+        raise ValueError(
+            f"img_size and patch_size can't be changed in a model whose patch_embed, a "
+            f"{type(embed).__name__}, has no set_input_size"
+        )
     embed.set_input_size(img_size, patch_size)
     config = replace(model.config, img_size=embed.img_size, patch_size=embed.patch_size)
     grid, kept, positions = config.grid_size, config.num_pos_prefix, model.pos_embed

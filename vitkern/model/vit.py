@@ -142,7 +142,7 @@ class ViT(Pretrained, nn.Module):
             return None
         pos_embed: Tensor = self.pos_embed
         if self.dynamic_img_size:
-            grid = self.patch_embed.dynamic_feat_size((size[0], size[1]))
+            grid = self.config.grid_of(*size)
             kept, mode = self.config.num_pos_prefix, self.config.pos_resample
             pos_embed = resample_pos_embed(pos_embed, grid, self.config.grid_size, kept, mode)
         return pos_embed[0]
