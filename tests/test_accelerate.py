@@ -251,6 +251,10 @@ def test_vit_pytorch() -> None:
     sizes = {"image_size": 16, "patch_size": 8, "dim": 32, "depth": 2, "mlp_dim": 48, "heads": 3}
     model = drawn(module.ViT(**sizes, num_classes=5, dim_head=8))
     assert hold(model, lambda m: m(IMAGES)).swapped == ("transformer",)
+    accelerate(model)
+    model.transformer.layers = model.transformer.layers[:1]
+    pruned = model(IMAGES)
+    assert torch.equal(restore(model)(IMAGES), pruned)
     simple = pytest.importorskip("vit_pytorch.simple_vit").SimpleViT
     hold(drawn(simple(**sizes, num_classes=5, dim_head=8)), lambda m: m(IMAGES))
     alone = drawn(module.ViT(**{**sizes, "heads": 1}, num_classes=5, dim_head=32))

@@ -321,6 +321,9 @@ class SwappedStack(Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stream after all pairs and the norm."""
+        if len(self.layers) != len(self._swap):  # type: ignore[attr-defined]
+            note(type(self).__name__, "its own forward", "its layers were added to or pruned")
+            return super().forward(x)  # type: ignore[misc, no-any-return]
         pair: Any
         for pair, swap in zip(self.layers, self._swap, strict=True):  # type: ignore[attr-defined]
             why = problem(pair, swap)
