@@ -323,7 +323,7 @@ class SwappedStack(Swapped):
         """The stream after all pairs and the norm."""
         if len(self.layers) != len(self._swap):  # type: ignore[attr-defined]
             note(type(self).__name__, "its own forward", "its layers were added to or pruned")
-            return super().forward(x)  # type: ignore[misc, no-any-return]
+            return super().forward(x)  # type: ignore[misc]
         pair: Any
         for pair, swap in zip(self.layers, self._swap, strict=True):  # type: ignore[attr-defined]
             why = problem(pair, swap)

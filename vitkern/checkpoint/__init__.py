@@ -318,10 +318,14 @@ def save(model: ViT, path: str | os.PathLike[str], format: str = "timm") -> Path
         format: name of one of `FORMATS`.
 
     Raises:
+        TypeError: no `ViT`.
         ValueError: an unknown format or suffix, a network that the library hasn't, or a model whose
             parameters aren't those of its config; the text names the option or the tensors.
         ModuleNotFoundError: safetensors or numpy is missing; the text says how to get it.
     """
+    if not isinstance(model, ViT):
+        kind = type(model).__name__
+        raise TypeError(f"model must be a vitkern.ViT (vitkern.convert makes one), got {kind}")
     chosen = next((one for one in FORMATS if one.name == format), None)
     if chosen is None:
         names = ", ".join(repr(one.name) for one in FORMATS)

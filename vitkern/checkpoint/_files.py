@@ -96,7 +96,9 @@ def read(path_or_state: "str | os.PathLike[str] | Mapping[str, Any] | Source") -
         raise TypeError(f"expected {expected}, got {type(path_or_state).__name__}")
     path = Path(path_or_state).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"no file or folder {str(path)!r}; vitkern downloads nothing")
+        raise FileNotFoundError(
+            f"no file or folder {str(path)!r}; vitkern.ViT.from_pretrained reads the Hub's"
+        )
     if not path.is_dir():
         # A file by one of these names has its config beside it.
         config = _config(path.parent) if path.name in _WEIGHTS else {}
