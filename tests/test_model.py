@@ -431,6 +431,7 @@ def test_reset_classifier_refuses_and_leaves_the_model_alone(images: Tensor) -> 
         assert model.head is head
     assert torch.equal(model(images), before)
     model.reset_classifier(0, "")
+    assert not model.head.training
     assert model(images).shape == (4, 17, 32)
     assert build(class_token=False, global_pool="avg").pool_include_prefix is False
     with pytest.raises(ValueError, match="'token' needs class_token"):
