@@ -317,7 +317,7 @@ def test_files_of_another_kind(tmp_path, contents, expected):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file or folder.*from_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder.*from_pretrained"):
         read(tmp_path / "missing")
     with pytest.raises(TypeError, match=r"model must be a vitkern\.ViT .*got Linear"):
         save(nn.Linear(2, 2), tmp_path / "linear.pt")
