@@ -10,8 +10,11 @@ from torch import nn
 
 from tests.small_vits import TINY, assert_same, quietly, stir, theirs, tiny
 from vitkern.checkpoint import CheckpointError, Source, detect, load, understand
+from vitkern.checkpoint._complete import _fits, _sizes
+from vitkern.checkpoint._infer import infer
 from vitkern.model import ViT
 from vitkern.model.config import ViTConfig
+from vitkern.model.weights import resample_pos_embed
 
 # What is no ViT, or not a whole one
 
@@ -171,6 +174,42 @@ def test_models_of_timms_by_their_shapes(name):
     assert "as in timm's" in found.assumed["norm_layer"]
 
 
+@pytest.mark.parametrize(
+    ("seen", "told"),
+    [
+        ({"norm_kind": "rmsnorm"}, {}),
+        ({"init": True}, {}),
+        ({"no_embed_class": True}, {}),
+        ({"attn_kind": "diff"}, {}),
+        ({"block_kind": "parallel_things"}, {}),
+        ({"embed_norm": True}, {}),
+        ({"global_pool": "map"}, {}),
+        ({"num_heads": 6}, {}),
+        ({}, {"num_heads": 6}),
+        ({"hidden_dim": 3000}, {}),
+    ],
+)
+def test_a_model_of_timms_is_meant_only_if_all_is_its_own(seen, told):
+    config = ViTConfig.from_name("vit_base_patch16_224")
+    state = ViT(**vars(config), device="meta").state_dict()
+    own = infer(dict(state), {})
+    assert _fits(config, own, {})
+    assert not _fits(config, {**own, **seen}, told)
+
+
+def test_an_image_that_is_no_multiple_of_its_patches():
+    name = "vit_so400m_patch14_siglip_384"
+    fields = {"img_size": (378, 378), "patch_size": (14, 14)}  # as its positions show
+    _sizes(fields, {}, [ViTConfig.from_name(name)], [name], {})
+    assert fields["img_size"] == (384, 384)
+
+
+def test_the_norm_of_patches_has_the_others_eps():
+    norm = ("layernorm", 1e-3)
+    state = dict(tiny(norm_layer=norm, embed_norm_layer=norm).state_dict())
+    assert load(state, num_heads=4, norm_layer=norm).config.embed_norm_layer == norm
+
+
 def test_guesses_are_said():
     with pytest.warns(UserWarning, match=r"tells num_heads=1 \(usual\)"):
         load(tiny().state_dict())
@@ -191,6 +230,15 @@ def test_positions_of_a_grid_that_is_not_square():
     own = model.state_dict()  # a state dict of ours knows its grid, while it is what it was
     for loaded in (load(own, num_heads=4), load(state, num_heads=4, img_size=(24, 32))):
         assert torch.equal(loaded.eval()(images), model(images))
+    long = tiny(img_size=(16, 64))  # of as many patches as a square
+    found = load(long.state_dict(), num_heads=4, img_size=32)
+    resized = resample_pos_embed(long.pos_embed, (4, 4), (2, 8), 1)
+    assert torch.equal(found.pos_embed, resized)
+
+
+def test_tensors_know_the_image_better_than_their_config():
+    source = Source(dict(tiny().state_dict()), {"pretrained_cfg": {"input_size": [3, 48, 48]}})
+    assert load(source, num_heads=4).config.img_size == (24, 24)
 
 
 # timm's live models
@@ -282,6 +330,11 @@ def test_another_head():
     features = quietly(state, num_heads=4, num_classes=0)
     expected = tiny().forward_head(tiny().forward_features(images), pre_logits=True)
     assert torch.allclose(features(images), expected, atol=1e-5)
+    two = tiny(distilled=True).state_dict()
+    with pytest.warns(UserWarning, match=r"head_dist\.weight, head_dist\.bias"):
+        assert load(two, num_heads=4, num_classes=7).head_dist.weight.shape == (7, 64)
+    grey = load(state, num_heads=4, mean=(0.1, 0.2, 0.6), in_chans=1)
+    assert grey.config.mean == pytest.approx(0.3)
 
 
 def test_another_pool_moves_the_norm():
@@ -293,6 +346,8 @@ def test_another_pool_moves_the_norm():
     assert torch.allclose(before(images), expected, atol=1e-6)
     with pytest.raises(CheckpointError, match="attn_pool"):
         load(model.state_dict(), num_heads=4, global_pool="map")
+    assert "global_pool" in understand(model.state_dict()).assumed
+    assert "global_pool" not in understand(model.state_dict(), global_pool="avg").assumed
     mapped = understand(tiny(global_pool="map").state_dict(), num_heads=4, global_pool="avg")
     assert "attn_pool.latent" in mapped.dropped
 

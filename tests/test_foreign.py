@@ -286,6 +286,9 @@ def test_relatives_of_vit(hf: Any, tmp_path: Path) -> None:
     msn = drawn(hf.ViTMSNForImageClassification(hf.ViTMSNConfig(**VIT, num_labels=5)))
     model = same(msn, logits, saved(msn, tmp_path / "msn"))
     assert model.config.norm_layer == ("layernorm", 1e-6)
+    config = tmp_path / "msn" / "config.json"
+    config.write_text(config.read_text().replace("layer_norm_eps", "nothing"))
+    assert load(tmp_path / "msn").config.norm_layer == ("layernorm", 1e-6)  # unlike ViT's
     decoder = {f"decoder_{key}": value for key, value in VIT.items() if key in TINY}
     settings = hf.ViTMAEConfig(**SQUARE, **decoder, decoder_intermediate_size=40, mask_ratio=0.0)
     mae = drawn(hf.ViTMAEForPreTraining(settings))
@@ -344,6 +347,8 @@ def test_images_are_normalised_as_the_processor_says(hf: Any, tmp_path: Path) ->
     config = load(tmp_path).config
     assert config.mean == (0.1, 0.2, 0.3)
     assert config.std == (0.4, 0.5, 0.6)
+    (tmp_path / "preprocessor_config.json").write_text(text[:-1] + ', "do_normalize": false}')
+    assert load(tmp_path).config.mean == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("mean", [(0.1, 0.2, 0.3), 0.4])
