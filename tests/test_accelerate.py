@@ -313,19 +313,32 @@ def _gelu(model: Any) -> None:
         layer.mlp[1].approximate = "tanh"
 
 
+class Quantised(Tensor):
+    """Stands in for the tensors of quantisation and of sharding."""
+
+
+def _quantise(model: Any) -> None:
+    for layer in model.encoder.layers:
+        weight = layer.mlp[3].weight.detach().as_subclass(Quantised)
+        layer.mlp[3].weight = nn.Parameter(weight)
+
+
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("change", "text", "rates"),
     [
-        (_train, "dropout"),
-        (_gelu, r"mlp\.1 is another GELU"),
-        (_hook, "ln_1 was replaced, wrapped or hooked"),
-        (_replace, r"mlp\.0 was replaced"),
+        (_train, "^dropout$", (0.1, 0.0)),
+        (_train, "^dropout of attention weights$", (0.0, 0.1)),
+        (_gelu, r"mlp\.1 is another GELU", (0.0, 0.0)),
+        (_hook, "ln_1 was replaced, wrapped or hooked", (0.0, 0.0)),
+        (_replace, r"mlp\.0 was replaced", (0.0, 0.0)),
+        (_quantise, r"the weight of mlp\.3 is quantised", (0.0, 0.0)),
     ],
 )
 def test_a_block_that_changed_runs_its_own_forward(
-    change: Callable[[Any], None], text: str
+    change: Callable[[Any], None], text: str, rates: tuple[float, float]
 ) -> None:
-    model = torchvision_model(dropout=0.1, attention_dropout=0.1)
+    model = torchvision_model(dropout=rates[0], attention_dropout=rates[1])
+    model.encoder.dropout.p = 0.0
     accelerate(model)
     plain = copy.deepcopy(restore(copy.deepcopy(model)))
     assert "own forward" not in str(explain(model, IMAGES))
@@ -339,6 +352,64 @@ def test_a_block_that_changed_runs_its_own_forward(
         torch.manual_seed(7)
         results.append(one(IMAGES))
     assert torch.equal(*results)
+
+
+def test_a_block_that_got_another_attention_or_part(hf: Any) -> None:
+    model = of_hf(hf, "ViTModel")
+    accelerate(model)
+    model.layers[0].attention.config._attn_implementation = "of_ones_own"
+    assert blocks.problem(model.layers[0], model.layers[0]._swap) == "attention is of_ones_own"
+    model = drawn(Wrapped()).vit
+    accelerate(model)
+    block = model.blocks[0]
+    assert blocks.problem(block, block._swap) is None
+    block.attn.gate = nn.Linear(32, 32)
+    assert "attn.gate" in str(blocks.problem(block, block._swap))
+
+
+def _scale(attn: Any) -> None:
+    attn.scale = 0.5
+
+
+def _norms(attn: Any) -> None:
+    attn.k_norm.eps = 0.1
+
+
+def _gate(attn: Any) -> None:
+    attn.gate = nn.Linear(32, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_scale, r"scaled by 0\.5 with heads of 8"),
+        (_norms, "norms of queries and keys differ"),
+        (_gate, r"it has attn\.gate, torch\.Linear"),
+    ],
+)
+def test_attention_that_is_none_of_ours(change: Callable[[Any], None], text: str) -> None:
+    model = drawn(Wrapped(qk_norm=True)).vit
+    for block in model.blocks:
+        change(block.attn)
+    with pytest.raises(ConvertError, match=text):
+        accelerate(model)
+
+
+def test_layers_that_are_none_of_ours(hf: Any) -> None:
+    module = pytest.importorskip("timm.layers")
+    model = of_hf(hf, "ViTModel")
+    for layer in model.layers:
+        layer.attention.q_proj.bias = None
+    with pytest.raises(ConvertError, match="some have a bias and some have not"):
+        accelerate(model)
+    model = torchvision_model()
+    for layer in model.encoder.layers:
+        layer.ln_2 = nn.LayerNorm(32, elementwise_affine=False)
+    with pytest.raises(ConvertError, match="its ln_2 is no plain norm"):
+        accelerate(model)
+    model = drawn(Wrapped(mlp_layer=partial(module.GluMlp, gate_last=True))).vit
+    with pytest.raises(ConvertError, match="gate stands behind the value"):
+        accelerate(model)
 
 
 def test_what_is_left_alone() -> None:
