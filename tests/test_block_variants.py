@@ -16,6 +16,7 @@ from vitkern.kernels._op import record_choices
 from vitkern.model.block import Block, make_block
 from vitkern.model.branches import Attention, DiffAttention, Difference, make_attention
 from vitkern.model.config import ViTConfig
+from vitkern.model.layers import DropPath
 
 DIM, HEADS = 48, 4
 KERNELS = {"norm_linear": "triton", "attention": "triton", "linear_residual": "triton"}
@@ -385,6 +386,23 @@ def test_a_stream_with_its_own_dtype_keeps_it(name: str) -> None:
     block = ours(name, residual_dtype=torch.float32).to(torch.bfloat16)
     x = torch.randn(2, 5, DIM)
     assert block(x).dtype == torch.float32
+
+
+def test_each_branch_side_by_side_has_a_subset_of_its_own(monkeypatch: Any) -> None:
+    """A sample that one branch leaves out keeps what the branch before it added."""
+    block = shaken(ours("parallel_things", drop_path_rate=0.5, drop_path_mode="subset")).double()
+    x, factor = torch.randn(4, 5, DIM, dtype=torch.float64), torch.full((2,), 2.0).double()
+    subsets = [torch.tensor(chosen) for chosen in ([0, 1], [1, 2], [2, 3], [3, 0])]
+    expected, rest = x, iter(subsets)
+    for branches in (block.attns, block.ffns):
+        total = expected.clone()
+        for norm, part, ls, _ in branches:
+            index = next(rest)
+            total[index] += 2 * ls(part(norm(expected[index])))
+        expected = total
+    rest = iter(subsets)
+    monkeypatch.setattr(DropPath, "choose", lambda self, x: (next(rest), factor))
+    torch.testing.assert_close(block.train()(x), expected)
 
 
 @pytest.mark.parametrize("name", ["parallel_things", "one layer out", "norms before last layers"])
