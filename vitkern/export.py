@@ -133,8 +133,8 @@ def _check(plain: nn.Module, path: Path, like: Tensor) -> None:
             try:
                 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
                 got = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-            except Exception as error:  # its errors have no class in common
-                why = f"onnxruntime can't run {path} here ({error})"
+            except Exception as failure:  # its errors have no class in common
+                why = f"onnxruntime can't run {path} here ({failure})"
                 raise ValueError(f"{why}; check=False writes it all the same") from None
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)  # a new head's are 0
     error = ((got - expected).abs().max() / largest).item()
