@@ -350,6 +350,11 @@ def test_another_pool_moves_the_norm():
     assert "global_pool" not in understand(model.state_dict(), global_pool="avg").assumed
     mapped = understand(tiny(global_pool="map").state_dict(), num_heads=4, global_pool="avg")
     assert "attn_pool.latent" in mapped.dropped
+    siglip = tiny(global_pool="map", class_token=False, fc_norm=False, num_classes=0)
+    found = load(siglip.state_dict(), num_heads=4, fc_norm=False, global_pool="avg").eval()
+    told = Source(dict(siglip.state_dict()), {"vitkern": {**vars(siglip.config)}})
+    assert torch.equal(load(told, global_pool="avg").eval()(images), found(images))
+    assert torch.allclose(found(images), siglip.forward_features(images).mean(1), atol=1e-5)
 
 
 def test_dtype_and_device():

@@ -26,7 +26,8 @@ def fit(
         CheckpointError: a change that these tensors can't follow.
     """
     changes = dict(changes)
-    if changes.get("global_pool", native.global_pool) != native.global_pool:
+    # A norm said to stand before the pool (SigLIP's) stays there, as in timm's "gap" models.
+    if changes.get("global_pool", native.global_pool) != native.global_pool and native.fc_norm:
         changes.setdefault("fc_norm", None)
     channels = changes.get("in_chans", native.in_chans)
     images = {key: averaged(getattr(native, key), channels) for key in ("mean", "std")}
