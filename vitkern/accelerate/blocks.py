@@ -111,8 +111,6 @@ def _fits(block: nn.Module, layout: Layout) -> tuple[Parts, str, str | None]:
             return result(f"it has no {name}")
         if classes and foreign.class_name(module) not in classes:
             return result(f"its {name} is {foreign.class_name(module)}")
-        if getattr(module, "parametrizations", None):
-            return result(f"its {name} is parametrised")
         parts.append((tuple(name.split(".")), type(module)))
     if layout.act:
         act = find(block, layout.act)
