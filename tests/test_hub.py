@@ -92,15 +92,33 @@ def test_a_repository_is_fetched_once_and_read(
         asked.append((name, options))
         return str(folder)
 
+    class Api:
+        def __init__(self, token: Any) -> None:
+            pass
+
+        def list_repo_files(self, name: str, revision: str | None) -> list[str]:
+            assert (name, revision) == ("someone/a-vit", "v2")
+            if gone:
+                raise OSError("no network")
+            names = ("config.json", "model.safetensors", "pytorch_model.bin", "README.md")
+            return [*names, "onnx/config.json", "onnx/model.safetensors"]
+
+    gone: list[int] = []
+    monkeypatch.setattr(hub, "HfApi", Api)
     monkeypatch.setattr(hub, "snapshot_download", fetch)
-    options: dict[str, Any] = {"revision": "v2", "cache_dir": tmp_path, "local_files_only": True}
+    options: dict[str, Any] = {"revision": "v2", "cache_dir": tmp_path}
     loaded = vitkern.ViT.from_pretrained("someone/a-vit", **options, drop_path_rate=0.1).eval()
     assert torch.equal(loaded(IMAGES), saved(IMAGES))
     assert loaded.config.drop_path_rate == 0.1
     ((name, given),) = asked
     assert name == "someone/a-vit"
     assert options.items() <= given.items()
-    assert "*.safetensors" in given["allow_patterns"]
+    assert given["allow_patterns"] == ["config.json", "model.safetensors"]
+    gone.append(1)
+    for local in (False, True):
+        vitkern.ViT.from_pretrained("someone/a-vit", **options, local_files_only=local)
+        assert {"*.safetensors", "*.bin", "*.json"} <= set(asked[-1][1]["allow_patterns"])
+        assert asked[-1][1]["local_files_only"] == local
 
 
 def test_pushing_uploads_what_saving_writes(
@@ -125,6 +143,15 @@ def test_pushing_uploads_what_saving_writes(
     assert saved.push_to_hub("a-vit", private=True, token="secret") == "https://hub/someone/a-vit"
     loaded = vitkern.ViT.from_pretrained(tmp_path / "someone" / "a-vit").eval()
     assert torch.equal(loaded(IMAGES), saved(IMAGES))
+
+
+def test_what_a_file_would_not_tell_is_refused(tmp_path: Path) -> None:
+    changed = model()
+    changed.pos_drop.p = 0.5  # is no part of the function
+    changed.save_pretrained(tmp_path)
+    changed.blocks[1].mlp.act = torch.nn.ReLU()
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.act is ReLU\(\), and not .* would be lost"):
+        changed.save_pretrained(tmp_path)
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="Pretrained")
 
-# What a repository may hold that `load` reads; everything else stays there.
-_WANTED = ("*.json", "*.safetensors", "*.npz", "*.bin", "*.pt", "*.pth")
+# Weights that `load` reads; of the same in several containers, the first one is fetched.
+_WEIGHTS = (".safetensors", ".npz", ".bin", ".pt", ".pth")
 
 
 class Pretrained:
@@ -84,7 +84,7 @@ class Pretrained:
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=list(_WANTED),
+            allow_patterns=_wanted(text, revision, token, local_files_only),
         )
         return load(folder, **overrides)
 
@@ -116,3 +116,22 @@ class Pretrained:
                 repo_id=repo, folder_path=folder, commit_message=commit_message
             )
         return str(commit)
+
+
+def _wanted(name: str, revision: str | None, token: Any, local_files_only: bool) -> list[str]:
+    """Files of a repository to fetch; patterns for whatever is there if it can't be asked."""
+    from huggingface_hub import HfApi
+
+    anything = ["*.json", *(f"*{suffix}" for suffix in _WEIGHTS)]
+    if local_files_only:
+        return anything
+    try:
+        files = HfApi(token=token).list_repo_files(name, revision=revision)
+    except Exception:  # offline, or no such repository: the download goes by the cache, or says so
+        return anything
+    top = [file for file in files if "/" not in file]
+    for suffix in _WEIGHTS:
+        weights = [file for file in top if file.endswith(suffix)]
+        if weights:
+            return [*(file for file in top if file.endswith(".json")), *weights]
+    return anything

@@ -40,6 +40,7 @@ from vitkern.checkpoint.torchvision import Torchvision
 from vitkern.checkpoint.vit_pytorch import VitPytorch
 from vitkern.model import ViT
 from vitkern.model.config import ViTConfig, check_arguments
+from vitkern.model.surgery import changed_part
 
 __all__ = [
     "FORMATS",
@@ -320,7 +321,8 @@ def save(model: ViT, path: str | os.PathLike[str], format: str = "timm") -> Path
     Raises:
         TypeError: no `ViT`.
         ValueError: an unknown format or suffix, a network that the library hasn't, or a model whose
-            parameters aren't those of its config; the text names the option or the tensors.
+            parameters or modules aren't those of its config; the text names the option, the
+            tensors or the module.
         ModuleNotFoundError: safetensors or numpy is missing; the text says how to get it.
     """
     if not isinstance(model, ViT):
@@ -334,4 +336,7 @@ def save(model: ViT, path: str | os.PathLike[str], format: str = "timm") -> Path
     if problem:
         raise ValueError(f"{chosen.title} has {problem}")
     _check_whole(model.state_dict(), model.config)
+    changed = changed_part(model, dropout=False)
+    if changed:
+        raise ValueError(f"{changed}: that would be lost")
     return write(model, Path(path), chosen)

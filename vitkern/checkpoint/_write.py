@@ -30,6 +30,7 @@ def write(model: Any, path: Path, format: Format) -> Path:
         _file(tensors, path, model.config)
         return path
     path.mkdir(parents=True, exist_ok=True)
+    _file(tensors, path / "model.safetensors", model.config)  # first: it may need what isn't there
     files = {
         "config.json": format.config_file(model.config),
         "preprocessor_config.json": format.images_file(model.config),
@@ -38,7 +39,6 @@ def write(model: Any, path: Path, format: Format) -> Path:
         if contents is not None:
             text = json.dumps(contents, indent=2) + "\n"
             (path / name).write_text(text, encoding="utf-8")
-    _file(tensors, path / "model.safetensors", model.config)
     return path
 
 

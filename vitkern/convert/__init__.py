@@ -22,6 +22,7 @@ from vitkern.convert import foreign
 from vitkern.convert.describe import KINDS, TIMM, ConvertError, Kind
 from vitkern.model import ViT
 from vitkern.model.config import ViTConfig, check_arguments
+from vitkern.model.surgery import changed_part
 
 __all__ = ["TIMM", "ConvertError", "convert", "sound"]
 
@@ -74,7 +75,9 @@ def convert(
     sound(module)
     _numbers(module)
     if isinstance(module, ViT):
-        _as_configured(module)
+        changed = changed_part(module)
+        if changed:
+            raise ConvertError(changed)
         config, state = module.config, dict(module.state_dict(keep_vars=True))
     else:
         config, state = _understood(module, kind, overrides)
@@ -150,16 +153,6 @@ def _numbers(module: nn.Module) -> None:
     devices = {tensor.device for _, tensor in tensors}
     if len(devices) > 1:
         raise ConvertError(f"its tensors are on several devices: {', '.join(map(str, devices))}")
-
-
-def _as_configured(module: ViT) -> None:
-    """An error for a part of one of ours that its config doesn't tell of."""
-    made = ViT(**{**vars(module.config), "weight_init": "skip"}, device="meta")
-    usual = {name: (type(part), part.extra_repr()) for name, part in made.named_modules()}
-    for name, part in module.named_modules():
-        kind, details = type(part), part.extra_repr()
-        if name and usual.get(name) != (kind, details):
-            raise ConvertError(f"{name} is {kind.__name__}({details}), and not so by its config")
 
 
 def _hooks(part: Any, prefix: str = "") -> list[str]:

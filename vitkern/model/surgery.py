@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vitkern.model.intermediates import check_indices
+from vitkern.model.layers import DropPath
 from vitkern.model.rel_pos import RelPosBias, RelPosMlp
 from vitkern.model.weights import fit_pos_embed, resample_patch_embed, resample_pos_embed
 
@@ -120,3 +121,20 @@ def prune(
         model.pre_logits, model.head_hidden_size = nn.Identity(), model.embed_dim
         reset_classifier(model, 0, "")
     return taken
+
+
+def changed_part(model: Any, dropout: bool = True) -> str | None:
+    """A module that isn't what the config says (another activation, say), in words; None for none.
+
+    dropout: whether another rate counts.
+    """
+    from vitkern.model.vit import ViT  # which imports this file
+
+    made = ViT(**{**vars(model.config), "weight_init": "skip"}, device="meta")
+    usual = {name: (type(part), part.extra_repr()) for name, part in made.named_modules()}
+    for name, part in model.named_modules():
+        kind, details = type(part), part.extra_repr()
+        same = usual.get(name) == (kind, details)
+        if not (same or not name or (isinstance(part, (nn.Dropout, DropPath)) and not dropout)):
+            return f"{name} is {kind.__name__}({details}), and not so by its config"
+    return None
