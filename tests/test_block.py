@@ -566,7 +566,7 @@ def test_a_training_run_follows_the_eager_one(kernel_device: str) -> None:
     }  # fmt: skip
 
     def losses(impl: Any, dtype: torch.dtype) -> Tensor:
-        torch.manual_seed(0)
+        torch.manual_seed(12)  # one of few that leave the plateau of the start within 100 steps
         model = vitkern.ViT(**size, impl=impl).to(kernel_device, dtype)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         curve = []

@@ -608,7 +608,7 @@ def test_a_typo_lists_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["profile", "vit_tny"]) == 2
     said = capsys.readouterr().err
     assert "unknown model 'vit_tny'" in said
-    assert "vit_base_patch16_224" in said
+    assert "vit_tiny_patch16_224" in said
     with pytest.raises(SystemExit):
         cli.main(["profile", "--precision", "half"])
     said = capsys.readouterr().err

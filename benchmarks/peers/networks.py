@@ -197,12 +197,19 @@ def _eager(ours: vitkern.ViT, precision: Precision, device: torch.device) -> Net
 
 _TIMM_MLPS = {"mlp": "Mlp", "swiglu": "SwiGLU", "swiglu_packed": "SwiGLUPacked"}
 _TIMM_NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RmsNorm"}
-_NOT_TIMMS = ("mean", "std", "residual_dtype", "drop_path_mode", "save", "impl")
+_NOT_TIMMS = ("mean", "std", "residual_dtype", "drop_path_mode", "save", "impl", "pos_resample")
+# Whose classes timm wants, or which it has in models of other classes, or not at all.
+_NOT_BUILT = (
+    *("embed_layer", "embed_norm_layer", "block_fn", "attn_layer", "dim_head", "patch_norm"),
+    *("representation_size", "distilled", "rel_pos", "rel_pos_dim", "shared_rel_pos"),
+)
 
 
 def _timm(ours: vitkern.ViT, precision: Precision, device: torch.device) -> Network:
     timm = load("timm", "timm")
     config, layers = ours.config, timm.layers
+    free = [name for name in vars(config) if name not in _NOT_BUILT]
+    _only("timm's VisionTransformer", config, *free)
     kind, eps = config.norm_layer
     named = {
         "norm_layer": functools.partial(getattr(layers, _TIMM_NORMS[kind]), eps=eps),
@@ -213,7 +220,7 @@ def _timm(ours: vitkern.ViT, precision: Precision, device: torch.device) -> Netw
     plain = {
         name: value
         for name, value in vars(config).items()
-        if name not in (*_NOT_TIMMS, *named) and value is not None  # None is timm's own choice
+        if name not in (*_NOT_TIMMS, *_NOT_BUILT, *named) and value is not None  # None is timm's own choice
     }
     with torch.device(device):
         try:
