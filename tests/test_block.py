@@ -562,13 +562,13 @@ def test_a_training_run_follows_the_eager_one(kernel_device: str) -> None:
     labels = torch.tensor(digits.target, device=kernel_device)
     size: dict[str, Any] = {
         "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 1,
-        "num_classes": 10, "init_values": 1.0,
+        "num_classes": 10, "init_values": 1.0, "weight_init": "jax",  # timm's own learns too late
     }  # fmt: skip
 
     def losses(impl: Any, dtype: torch.dtype) -> Tensor:
-        torch.manual_seed(12)  # one of few that leave the plateau of the start within 100 steps
+        torch.manual_seed(0)
         model = vitkern.ViT(**size, impl=impl).to(kernel_device, dtype)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         curve = []
         for step in range(100):
             rows = slice(16 * step % 1600, 16 * step % 1600 + 16)

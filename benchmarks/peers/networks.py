@@ -220,7 +220,8 @@ def _timm(ours: vitkern.ViT, precision: Precision, device: torch.device) -> Netw
     plain = {
         name: value
         for name, value in vars(config).items()
-        if name not in (*_NOT_TIMMS, *_NOT_BUILT, *named) and value is not None  # None is timm's own choice
+        if name not in (*_NOT_TIMMS, *_NOT_BUILT, *named)
+        and value is not None  # None is timm's own choice
     }
     with torch.device(device):
         try:
