@@ -4,7 +4,10 @@ That is decided when a kernel is decorated, so before vitkern is imported anywhe
 """
 
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +40,21 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and not INTERPRET:
         pytest.skip("the kernels are compiled in this process: TRITON_INTERPRET is not set")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def hf() -> Iterator[Any]:
+    """transformers, which mistakes our folder kernels/ for a package of its own dependencies."""
+    pytest.importorskip("transformers")
+    modules: Any = sys.modules
+    before = {name: modules.pop(name) for name in ("kernels",) if name in modules}
+    modules["kernels"] = None
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        yield transformers
+    finally:
+        del modules["kernels"]
+        modules.update(before)

@@ -4,8 +4,7 @@ import copy
 import os
 import pickle
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,23 +27,6 @@ TEXT = {**SIZES, **MLP, "vocab_size": 50, "max_position_embeddings": 9, "bos_tok
 TEXT["eos_token_id"] = 49
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
 IDS = torch.tensor([[0, 5, 6, 49], [0, 7, 8, 49]])
-
-
-@pytest.fixture(scope="module")
-def hf() -> Iterator[Any]:
-    """transformers, which mistakes our folder kernels/ for a package of its own dependencies."""
-    pytest.importorskip("transformers")
-    hide: Any = sys.modules
-    before = {name: hide.pop(name) for name in ("kernels",) if name in hide}
-    hide["kernels"] = None
-    try:
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        yield transformers
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(before)
 
 
 def drawn(module: Any) -> Any:

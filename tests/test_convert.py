@@ -2,9 +2,8 @@
 
 import copy
 import os
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,23 +21,6 @@ CONFIG = {**SIZES, "image_size": 16, "patch_size": 8, "layer_norm_eps": 1e-3}
 MLP = {"intermediate_size": 48}
 TIMM = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 TIMM["num_classes"] = 5
-
-
-@pytest.fixture(scope="module")
-def hf() -> Iterator[Any]:
-    """transformers, which mistakes our folder kernels/ for a package of its own dependencies."""
-    pytest.importorskip("transformers")
-    hide: Any = sys.modules
-    before = {name: hide.pop(name) for name in ("kernels",) if name in hide}
-    hide["kernels"] = None
-    try:
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        yield transformers
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(before)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """Checkpoints of torchvision, Hugging Face and vit-pytorch: the same network, there and back."""
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +37,6 @@ TEXT = {
 
 
 TOWER = "vision_model."
-
-
-@pytest.fixture(scope="module")
-def hf() -> Iterator[Any]:
-    """transformers, which mistakes our folder kernels/ for a package of its own dependencies."""
-    pytest.importorskip("transformers")
-    hidden = {name: sys.modules.pop(name) for name in ("kernels",) if name in sys.modules}
-    hide: Any = sys.modules
-    hide["kernels"] = None
-    try:
-        import transformers
-
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        yield transformers
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(hidden)
 
 
 def drawn(module: nn.Module) -> nn.Module:
