@@ -365,8 +365,8 @@ def main(
     """
     found: dict[str, Row] = {}
     kept = read(path) if path is not None else {}
-    print("  ".join(HEAD), flush=True)
     chosen = [name for name in names(patterns) if not (missing and name in kept)]
+    print("  ".join(HEAD), flush=True)
     for row in rows(chosen, depth, full, memory):
         found[row.name] = row
         print("  ".join(filter(None, row.cells())), flush=True)
