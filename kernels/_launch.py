@@ -70,6 +70,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 # Plain globals and not context variables: autograd calls backward launchers from its own threads.
 _interceptor: Callable[[Launch], None] | None = None
 _capability: tuple[int, int] | None = None
+_processors: int | None = None
 
 # Streaming multiprocessors of the cards that configs are compiled for without a card.
 _SM_COUNT = {(8, 0): 108, (9, 0): 132}
@@ -77,16 +78,22 @@ _SM_COUNT = {(8, 0): 108, (9, 0): 132}
 
 @contextlib.contextmanager
 def intercept(
-    handle: Callable[[Launch], None], capability: tuple[int, int] | None = None
+    handle: Callable[[Launch], None],
+    capability: tuple[int, int] | None = None,
+    processors: int | None = None,
 ) -> Iterator[None]:
-    """Send every launch to `handle` instead of the device, with configs made for `capability`."""
-    global _interceptor, _capability
-    before = _interceptor, _capability
-    _interceptor, _capability = handle, capability
+    """Send every launch to `handle` instead of the device; `handle` may run it there.
+
+    Configs are made for a card of this compute capability, with so many multiprocessors: the
+    actual one's if None. On a card of one, a few rows are as many as fill it.
+    """
+    global _interceptor, _capability, _processors
+    before = _interceptor, _capability, _processors
+    _interceptor, _capability, _processors = handle, capability, processors
     try:
         yield
     finally:
-        _interceptor, _capability = before
+        _interceptor, _capability, _processors = before
 
 
 def intercepted() -> bool:
@@ -129,6 +136,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of `device` (or of the card compiled for)."""
+    if _processors is not None:
+        return _processors
     if device.type == "cuda" and _capability is None:
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _SM_COUNT.get(capability(device), 108)
