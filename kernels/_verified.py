@@ -6,6 +6,13 @@ float64, and the rule of ``_error_budget.py`` decides. Verdicts are shipped with
 measurements ("verified" in ``tuned/<gpu>.json``) or kept in ``verified.json`` under VITKERN_CACHE,
 ~/.cache/vitkern by default; another Triton, another vitkern or another source asks for a new one.
 VITKERN_SELFCHECK=0 turns all of it off.
+
+That check is a quick one: three samples, once each, float32 under the setting for its products that
+PyTorch is in, which is the one that the caller is about to use. The thorough check, of
+``vitkern.selfcheck`` and ``python -m benchmarks verify``, takes all samples and holds float32 under
+both settings, IEEE and TF32, eager's error being that under the same; memory that a kernel gets is
+filled with NaN, so that an element nobody wrote is found; and a call may be repeated, always with
+the same bits. Both kinds of verdict are kept under one key, and of several settings the worst.
 """
 
 import hashlib
@@ -15,8 +22,8 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -41,6 +48,9 @@ KERNELS = frozenset({"triton", "cublas", "gluon"})
 # Samples that the check before a first use runs: each may compile a kernel.
 SMALLEST = 3
 
+# What torch.set_float32_matmul_precision is given for each precision of float32 products.
+PRECISIONS = {"ieee": "highest", "tf32": "high"}
+
 # Types of tensors that hold data on their device; others may be distributed, or fake.
 PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
@@ -53,6 +63,8 @@ class Verdict:
 
     why: what was wrong, where it wasn't an error of finite size.
     raised: whether that was an exception, which may be the machine's fault.
+    sample: the one that this is of. repeats: calls of each sample, all with the same bits.
+    poisoned: whether memory was filled with NaN before a kernel got it.
     """
 
     ok: bool
@@ -61,6 +73,9 @@ class Verdict:
     budget: float = 0.0
     why: str = ""
     raised: bool = False
+    sample: str = ""
+    repeats: int = 1
+    poisoned: bool = False
 
     @property
     def ratio(self) -> float:
@@ -89,17 +104,88 @@ def smallest(op: "Op", dtype: torch.dtype) -> "list[Sample]":
     return [sample for _, _, sample in sorted(sizes, key=lambda size: size[:2])[:SMALLEST]]
 
 
+def kernels(op: "Op", device: torch.device) -> list[str]:
+    """Names of our kernels for the op; off a GPU those that Triton's interpreter can run."""
+    names = [name for name in op.implementations if name in KERNELS]
+    return names if device.type == "cuda" else [name for name in names if name in op.launchers]
+
+
+def precisions(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """In which precisions products of `dtype` are to be right; "" where there is but one.
+
+    Triton's interpreter knows no TF32.
+    """
+    if dtype != torch.float32:
+        return ("",)
+    return tuple(PRECISIONS) if device.type == "cuda" else ("ieee",)
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Products, and convolutions, of float32 in this precision inside the block; "": as it is."""
+    if not precision:
+        yield
+        return
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision(PRECISIONS[precision])
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """What torch.empty and its like return inside the block is NaN, or the largest integer.
+
+    PyTorch does that itself, for every dtype and device, when it is to be deterministic. Asked to
+    warn only it refuses nothing, and nobody needs the warnings.
+    """
+    utilities: Any = torch.utils.deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), utilities.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            utilities.fill_uninitialized_memory = True
+            # use_deterministic_algorithms would do the same, and import the compiler.
+            torch.set_deterministic_debug_mode("warn")
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+            utilities.fill_uninitialized_memory = fill
+
+
 def check(
-    op: "Op", impl: str, dtype: torch.dtype, device: torch.device, using: "Iterable[Sample]"
+    op: "Op",
+    impl: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    using: "Iterable[Sample]",
+    *,
+    precision: str = "",
+    repeats: int = 1,
+    poison: bool = False,
 ) -> Verdict:
     """Hold the implementation `impl` against float64 on samples; random numbers stay as they are.
 
+    Args:
+        precision: of float32 products, ours and eager's: of PRECISIONS, or "" for PyTorch's own.
+        repeats: how often each call is made; the results must have the same bits.
+        poison: fill the memory that the first of them gets with NaN.
+
     Raises:
+        Unfit: no sample is for this implementation.
         Exception: what making a sample or PyTorch's own implementation raises.
     """
     worst, count = Verdict(True, 0), 0
     run = op.implementations[impl]
+    if poison:
+        with poisoned():  # a verdict may claim no more than what this PyTorch does
+            poison = bool(torch.empty(1, device=device).isnan())
     with ExitStack() as stack:
+        stack.enter_context(float32_products(precision))
         devices = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
@@ -110,17 +196,22 @@ def check(
             eager = as_tuple(op.portable(**arguments))
             exact = as_tuple(op.reference(**in_float64(arguments)))
             try:
-                found = held(run, arguments, eager, exact)
+                found = held(run, arguments, eager, exact, repeats, poison)
             except Unfit:
                 continue
             count += 1
             if not found.ok or found.ratio >= worst.ratio:
-                worst = found
+                worst = replace(found, sample=sample.label)
             if not worst.ok:
                 break
     if not count:
         raise Unfit(f"{op.name}: no sample fits impl={impl!r}")
-    return replace(worst, samples=count)
+    return replace(worst, samples=count, repeats=repeats, poisoned=poison)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """Of at least one: a wrong one if there is one, else that which comes closest to its budget."""
+    return min(verdicts, key=lambda verdict: (verdict.ok, -verdict.ratio))
 
 
 class Unfit(Exception):
@@ -132,10 +223,16 @@ def held(
     arguments: dict[str, Any],
     eager: Sequence[Tensor],
     exact: Sequence[Tensor],
+    repeats: int = 1,
+    poison: bool = False,
 ) -> Verdict:
-    """The verdict on one call; one that raises is wrong."""
+    """The verdict on one call, and on repeating it; one that raises is wrong."""
     try:
-        result = parity(as_tuple(run(**arguments)), eager, exact)
+        with poisoned() if poison else nullcontext():
+            first = as_tuple(run(**arguments))
+        result = parity(first, eager, exact)
+        if result["ok"] and repeats > 1 and (why := unlike(run, arguments, first, repeats)):
+            result = {"why": why}
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:
@@ -145,6 +242,33 @@ def held(
     if "why" in result:
         return Verdict(False, 1, why=result["why"])
     return Verdict(result["ok"], 1, result["error"], result["budget"])
+
+
+def unlike(
+    run: Callable[..., Any], arguments: dict[str, Any], first: Sequence[Tensor], repeats: int
+) -> str:
+    """Which of `repeats` calls returned other bits than `first`, the first of them; "" for none.
+
+    The device compares; the host asks once, so that calls follow each other closely.
+    """
+    bits = [_bits(t) for t in first]
+    found = [
+        torch.stack([(_bits(a) != b).sum() for a, b in zip(as_tuple(again), bits, strict=True)])
+        for again in (run(**arguments) for _ in range(repeats - 1))
+    ]
+    for number, counts in enumerate(torch.stack(found).tolist(), 2):
+        for output, count in enumerate(counts):
+            if count:
+                size = first[output].numel()
+                call = f"call {number} of {repeats} with equal arguments"
+                return f"output {output}: {call} differs in {count} of {size} elements"
+    return ""
+
+
+def _bits(t: Tensor) -> Tensor:
+    """Its elements as integers, by which NaN equals itself and 0.0 is not -0.0."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.view(kinds[t.element_size()])
 
 
 @cache

@@ -3,14 +3,16 @@
 The GPU is a made-up one: its kernels run in Triton's interpreter, or are plain functions.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,152 @@ def test_wrong_values_of_any_kind_are_found(gpu: Path, made_up: tuple[Kernel, Ke
             raise AssertionError(str(verdict))
 
 
+@contextlib.contextmanager
+def nothing_changes() -> Iterator[None]:
+    """Of PyTorch's global settings."""
+
+    utilities: Any = torch.utils.deterministic
+
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+            torch.get_deterministic_debug_mode(),
+            utilities.fill_uninitialized_memory,
+        )
+
+    before = settings()
+    yield
+    assert settings() == before
+
+
+def thorough(dtype: torch.dtype = torch.float32, **options: Any) -> _verified.Verdict:
+    op = REGISTRY["norm"]
+    using = _verified.smallest(op, dtype)
+    options = {"repeats": 100, "poison": True, **options}
+    return _verified.check(op, "triton", dtype, torch.device("cpu"), using, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fill", [False, True])
+def test_an_element_that_nobody_wrote_is_found(
+    made_up: tuple[Kernel, Kernel],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    fill: bool,
+) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", fill)
+
+    def forgetful(**arguments: Any) -> Tensor:
+        y = LAYER_NORM.portable(**arguments)
+        out = torch.empty_like(y)
+        # The last element holds what is right, as it may when memory was used for the same before.
+        if not torch.are_deterministic_algorithms_enabled():
+            out.view(-1)[-1] = y.view(-1)[-1]
+        out.view(-1)[:-1] = y.view(-1)[:-1]
+        return out
+
+    with nothing_changes():
+        right = thorough(dtype)
+        made_up[0].run = forgetful
+        assert thorough(dtype, poison=False).ok
+        wrong = thorough(dtype)
+    assert right.ok
+    assert (right.repeats, right.poisoned) == (100, True)
+    assert (wrong.ok, wrong.why) == (False, "output 0 is not finite")
+    assert wrong.sample in [sample.label for sample in LAYER_NORM.samples("tiny")]
+
+
+def test_a_call_that_differs_once_is_found(
+    made_up: tuple[Kernel, Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_verified, "SMALLEST", 1)
+    before, calls = made_up[0].run, count(1)
+
+    def unsteady(**arguments: Any) -> Tensor:
+        y = before(**arguments)
+        if next(calls) == 37:  # by a bit, which is within any budget
+            y = y.clone()
+            y.view(torch.int32).view(-1)[3] ^= 1
+        return y
+
+    made_up[0].run = unsteady
+    assert thorough(repeats=36).ok
+    calls = count(1)
+    verdict = thorough()
+    assert not verdict.ok
+    pattern = "output 0: call 37 of 100 with equal arguments differs in 1 of "
+    assert verdict.why.startswith(pattern)
+
+
+@pytest.mark.parametrize(
+    ("precision", "setting"), [("ieee", "highest"), ("tf32", "high"), ("", "medium")]
+)
+def test_both_sides_run_in_the_precision_asked_for(
+    monkeypatch: pytest.MonkeyPatch, precision: str, setting: str
+) -> None:
+    seen = []
+
+    def watched(**arguments: Any) -> Tensor:
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return LAYER_NORM.reference(**arguments)
+
+    op = replace(LAYER_NORM, name="norm", call=watched, portable=watched)
+    monkeypatch.setitem(REGISTRY, "norm", op)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with nothing_changes():
+            assert thorough(repeats=2, precision=precision).ok
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {(setting, precision != "ieee")}
+    assert len(seen) == 3 * _verified.SMALLEST
+
+
+def test_settings_come_back_whatever_is_raised(made_up: tuple[Kernel, Kernel]) -> None:
+    def broken(**arguments: Any) -> Tensor:
+        raise RuntimeError("lost")
+
+    made_up[0].run = broken
+    with nothing_changes():
+        verdict = thorough(precision="tf32")
+        assert (verdict.why, verdict.raised) == ("RuntimeError: lost", True)
+        with pytest.raises(KeyError), _verified.poisoned(), _verified.float32_products("tf32"):
+            raise KeyError
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float64])
+def test_all_memory_is_poisoned(dtype: torch.dtype) -> None:
+    x = torch.ones(3, 4)
+    with _verified.poisoned():
+        made = [
+            torch.empty(2, 3, dtype=dtype),
+            torch.empty_like(x.t(), dtype=dtype),
+            x.new_empty(5, dtype=dtype),
+            torch.empty_strided((2, 2), (1, 2), dtype=dtype),
+        ]
+    for t in made:
+        largest = 1 if dtype == torch.bool else None
+        found = t.isnan() if dtype.is_floating_point else t == (largest or torch.iinfo(dtype).max)
+        assert found.all()
+
+
+def test_a_verdict_of_an_older_file_is_read() -> None:
+    old = {"ok": True, "samples": 3, "error": 1e-7, "budget": 2e-7, "why": "", "raised": False}
+    assert _verified.Verdict(**old).ratio == 0.5
+    wrong, near = _verified.Verdict(False, 1, why="x"), _verified.Verdict(True, 1, 0.9, 1.0)
+    assert _verified.worst([near, wrong, _verified.Verdict(True, 1)]) is wrong
+    assert _verified.worst([_verified.Verdict(True, 1), near]) is near
+
+
+def test_a_kernel_that_fits_no_sample_has_no_row(made_up: tuple[Kernel, Kernel]) -> None:
+    def unfit(**arguments: Any) -> Tensor:
+        raise ValueError("norm: impl='triton' can't run here: no 16-bit product")
+
+    made_up[0].run = unfit
+    assert not vitkern.selfcheck(["norm"], [torch.float32], "cpu").rows
+
+
 def test_the_smallest_samples_are_not_empty() -> None:
     for op in REGISTRY.values():
         few = _verified.smallest(op, torch.float32)
@@ -363,7 +511,8 @@ def test_report(gpu: Path, made_up: tuple[Kernel, Kernel], capsys: Any) -> None:
     made_up[0].factor = 1.01
     assert main(["selfcheck", "--op", "norm", "norm_backward", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["op", "kernel", "dtype", "samples", "error/budget", "verdict"]
+    head = ["op", "kernel", "dtype", "samples", "calls", "error/budget", "verdict"]
+    assert lines[0].split() == head
     assert ["right" in line for line in lines[1:-1]] == [False, False, True, True]
     assert "WRONG: error 1.0e-02, budget" in lines[1]
     assert lines[-1] == "4 checked on made-up-gpu, 2 wrong"
@@ -380,6 +529,8 @@ def test_report_without_a_gpu_runs_the_interpreter() -> None:
 def test_report_errors(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with pytest.raises(ValueError, match=r"ops must be of .*layer_norm, .* got 'nothing'"):
         vitkern.selfcheck(["nothing"])
+    with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
+        vitkern.selfcheck(["layer_norm"], repeats=0)
     with pytest.raises(ValueError, match=r"dtypes must be of float32, .* got float64"):
         vitkern.selfcheck(dtypes=[torch.float64])
     assert main(["selfcheck", "--op", "nothing"]) == 2
