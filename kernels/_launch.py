@@ -101,6 +101,11 @@ def intercepted() -> bool:
     return _interceptor is not None
 
 
+def pretended() -> bool:
+    """Whether configs are made for a card other than the one that is here."""
+    return _capability is not None or _processors is not None
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._configs import tunable
 from ._launch import capability, cdiv, launch, next_power_of_2, sm_count
 from ._op import accumulate_dtype
 from ._reduce import column_sum
@@ -238,7 +239,25 @@ def forward_config(width: int) -> RowConfig:
     return RowConfig(max(1, 4096 // block_d), block_d, num_warps=max(8, block_d // 512))
 
 
-def backward_config(width: int, target: tuple[int, int]) -> RowConfig:
+def forward_candidates(width: int) -> list[RowConfig]:
+    """From 1024 to 8192 elements a program; a thread holds 8 to 32 of them."""
+    block_d = next_power_of_2(width)
+    return [
+        RowConfig(rows, block_d, warps)
+        for rows in sorted({max(1, n // block_d) for n in (1024, 2048, 4096, 8192)})
+        for warps in (4, 8, 16)
+        if 8 <= rows * block_d // (32 * warps) <= 32
+    ]
+
+
+@dataclass(frozen=True)
+class SumConfig(RowConfig):
+    """programs: on each multiprocessor; every one takes tile after tile, and sums over its rows."""
+
+    programs: int = 4
+
+
+def backward_config(width: int, target: tuple[int, int]) -> SumConfig:
     """2048 elements a program, 8 a thread; in wide rows 4 on Ampere.
 
     With up to four tensors read and three sums kept, 16 a thread spill where rows of an odd width
@@ -249,7 +268,23 @@ def backward_config(width: int, target: tuple[int, int]) -> RowConfig:
     elements = 8 if target >= (9, 0) else 4
     # 32 warps leave a thread 64 registers: on sm_90 too few for the 8 it would have of 8192.
     num_warps = max(8, min(16 if target >= (9, 0) else 32, block_d // (32 * elements)))
-    return RowConfig(max(1, 2048 // block_d), block_d, num_warps)
+    return SumConfig(max(1, 2048 // block_d), block_d, num_warps)
+
+
+def backward_candidates(width: int) -> list[SumConfig]:
+    """From 1024 to 4096 elements a program, 4 or 8 a thread; programs on a multiprocessor."""
+    block_d = next_power_of_2(width)
+    return [
+        SumConfig(rows, block_d, warps, programs)
+        for rows in sorted({max(1, n // block_d) for n in (1024, 2048, 4096)})
+        for warps in (4, 8, 16)
+        if 4 <= rows * block_d // (32 * warps) <= 8
+        for programs in (2, 4, 8)
+    ]
+
+
+FORWARD = tunable("norm.forward", RowConfig)
+BACKWARD = tunable("norm.backward", SumConfig)
 
 
 def forward(
@@ -270,7 +305,21 @@ def forward(
     batch, tokens, width = x.shape
     normed = torch.empty(residual.shape, dtype=out_dtype, device=residual.device)
     stream = None if branch is None else torch.empty_like(normed, dtype=residual.dtype)
-    config = forward_config(width)
+    config = FORWARD.pick(
+        forward_config(width),
+        x.device,
+        x.dtype,
+        lambda: forward_candidates(width),
+        lambda: {
+            "m": batch * tokens,
+            "d": width,
+            "branch": added is not None,
+            "rms": rms,
+            "scaled": layer_scale is not None,
+            "dropped": drop_scale is not None,
+            "strided": x.stride(2) != 1,
+        },
+    )
     launch(
         _norm_forward_kernel,
         (cdiv(batch * tokens, config.rows),),
@@ -321,11 +370,27 @@ def backward(
     batch, tokens, width = x.shape
     d_residual = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
     d_branch = None if branch_dtype is None else torch.empty_like(d_residual, dtype=branch_dtype)
-    config = backward_config(width, capability(stream.device))
+    config = BACKWARD.pick(
+        backward_config(width, capability(stream.device)),
+        x.device,
+        x.dtype,
+        lambda: backward_candidates(width),
+        lambda: {
+            "m": batch * tokens,
+            "d": width,
+            "later": later is not None,
+            "branch": added is not None,
+            "d_branch": d_branch is not None,
+            "dropped": drop_scale is not None,
+            "sums": sums,
+            "rms": rms,
+            "strided": x.stride(2) != 1,
+        },
+    )
     # Four programs a multiprocessor have about 48 KB of loads in flight, which covers the latency
     # of memory; their partial sums are small enough to be read back from L2.
     tiles = cdiv(batch * tokens, config.rows)
-    programs = min(tiles, 4 * sm_count(stream.device))
+    programs = min(tiles, config.programs * sm_count(stream.device))
     partial = torch.empty(programs, sums, width, dtype=torch.float32, device=stream.device)
     launch(
         _norm_backward_kernel,

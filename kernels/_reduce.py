@@ -7,9 +7,12 @@ kernel adds the rows in a fixed order. No atomics, so equal inputs give equal bi
 # Triton has no types to give its kernels:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ._configs import tunable
 from ._launch import cdiv, launch, next_power_of_2
 from ._triton import jit, tl
 
@@ -33,16 +36,64 @@ def _column_sum_kernel(
     tl.store(out + cols, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=cols < C)
 
 
+@dataclass(frozen=True)
+class SumConfig:
+    """Rows and columns of one step."""
+
+    block_r: int
+    block_c: int
+    num_warps: int = 4
+
+
+def sum_config(rows: int) -> SumConfig:
+    """1024 elements a step.
+
+    Many rows of few columns (norm weights): tall tiles, so that enough loads are in flight; few
+    rows of many columns (the patch projection): wide ones.
+    """
+    block_r = min(32, next_power_of_2(rows))
+    return SumConfig(block_r, 1024 // block_r)
+
+
+def sum_candidates(rows: int) -> list[SumConfig]:
+    """Taller and wider tiles, 4 to 16 elements a thread."""
+    tallest = next_power_of_2(rows)
+    return [
+        SumConfig(block_r, elements // block_r, warps)
+        for block_r in (8, 16, 32, 64, 128)
+        if block_r <= tallest
+        for elements, warps in ((1024, 4), (2048, 8))
+    ]
+
+
+COLUMN_SUM = tunable("column_sum", SumConfig)
+
+
 def column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of `partial` [R, ...] (float32, contiguous) over its first axis, as `dtype`."""
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
     rows, columns = partial.shape[0], out.numel()
     if rows == 0:
         return out.zero_()
-    # 1024 elements a step. Many rows of few columns (norm weights): tall tiles, so that enough
-    # loads are in flight; few rows of many columns (the patch projection): wide ones.
-    block_r = min(32, next_power_of_2(rows))
-    block_c = 1024 // block_r
-    grid = (cdiv(columns, block_c),)
-    launch(_column_sum_kernel, grid, partial, out, rows, columns, BLOCK_R=block_r, BLOCK_C=block_c)
+    config = COLUMN_SUM.pick(
+        sum_config(rows),
+        partial.device,
+        dtype,
+        lambda: sum_candidates(rows),
+        lambda: {
+            "m": rows,
+            "n": columns,
+        },
+    )
+    launch(
+        _column_sum_kernel,
+        (cdiv(columns, config.block_c),),
+        partial,
+        out,
+        rows,
+        columns,
+        BLOCK_R=config.block_r,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+    )
     return out

@@ -1,4 +1,4 @@
-"""What was measured: the fastest implementation of an op on a card, by bucket of shapes and dtype.
+"""What was measured on a card, by bucket of shapes and dtype: implementations, and launch configs.
 
 A table is one file a card, ``tuned/<slug of its name>.json``, which `python -m benchmarks tune`
 writes:
@@ -9,11 +9,15 @@ writes:
      "entries": [{"op": "layer_norm", "bucket": "m32768 d768", "dtype": "bfloat16",
                   "implementation": "triton",
                   "cases": {"<sample>": {"run": 0, "seconds": {"triton": 3.1e-5, "torch": ...}}}}],
+     "configs": [{"kernel": "linear.forward", "bucket": "m65536 n3072 k768 gelu", "dtype": ...,
+                  "config": {"block_m": 128, ...}, "default": {...}, "run": 0,
+                  "seconds": {"default": 3.1e-4, "config": 2.9e-4}}],
      "verified": {"<key>": {"ok": true, ...}}}
 
-"verified" is for the self-check (``_verified.py``). A folder of such files named by VITKERN_TUNED
-wins, entry by entry, over the tables shipped here. A table is read once a process, when a tensor on
-its card first asks.
+"entries" tell the fastest implementation, "configs" how a kernel is launched (``_configs.py``;
+older tables have none), "verified" is for the self-check (``_verified.py``). A folder of such files
+named by VITKERN_TUNED wins, entry by entry, over the tables shipped here. A table is read once a
+process, when a tensor on its card first asks.
 """
 
 import json
@@ -25,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -48,16 +52,30 @@ class Entry(NamedTuple):
     why: str
 
 
-Key: TypeAlias = tuple[str, str, torch.dtype]  # op, bucket, dtype
+class Measured(NamedTuple):
+    """A launch config that was faster than the default, by their fields; `source`: the file."""
+
+    config: dict[str, Any]
+    default: dict[str, Any]
+    source: str
+
+
+Key: TypeAlias = tuple[str, str, torch.dtype]  # op or kernel, bucket, dtype
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Table:
-    """All that was measured on one card; `near`: what was found for keys that stand not in it."""
+    """All that was measured on one card; `near`: what was found for keys that stand not in it.
+
+    picked: the configs that `_configs.py` made of `configs`.
+    """
 
     entries: dict[Key, Entry] = field(default_factory=dict)
     verified: dict[str, dict[str, Any]] = field(default_factory=dict)
     near: dict[Key, Entry | None] = field(default_factory=dict)
+    configs: dict[Key, Measured] = field(default_factory=dict)
+    picked: dict[tuple[Key, Any], Any] = field(default_factory=dict)
 
     def find(self, key: Key) -> Entry | None:
         """The entry under this key, or the one of the nearest size, if that is near."""
@@ -66,22 +84,32 @@ class Table:
         except KeyError:
             pass
         if key not in self.near:
-            self.near[key] = self._nearest(*key)
+            self.near[key] = self._nearest(key)
         return self.near[key]
 
-    def _nearest(self, op: str, bucket: str, dtype: torch.dtype) -> Entry | None:
-        kind, size = without_size(bucket)
-        found: list[tuple[float, str, Entry]] = []
-        for (other_op, other_bucket, other_dtype), entry in self.entries.items():
-            other_kind, other = without_size(other_bucket)
-            if (other_op, other_kind, other_dtype) == (op, kind, dtype):
-                ratio = max(size, other) / min(size, other)
-                if ratio <= NEAR:
-                    found.append((ratio, f"as {other_bucket}, {entry.why}", entry))
+    def _nearest(self, key: Key) -> Entry | None:
+        found = nearest(self.entries, key)
         if not found:
             return None
-        _, why, entry = min(found, key=lambda one: one[0])
-        return Entry(entry.implementation, why)
+        other, entry = found[0]
+        return Entry(entry.implementation, f"as {other}, {entry.why}")
+
+
+def nearest(entries: dict[Key, T], key: Key) -> list[tuple[str, T]]:
+    """(bucket, entry) of those that differ from `key` in the amount of work, up to NEAR times.
+
+    The nearest comes first.
+    """
+    name, bucket, dtype = key
+    kind, size = without_size(bucket)
+    found: list[tuple[float, str, T]] = []
+    for (other_name, other_bucket, other_dtype), entry in entries.items():
+        other_kind, other = without_size(other_bucket)
+        if (other_name, other_kind, other_dtype) == (name, kind, dtype):
+            ratio = max(size, other) / min(size, other)
+            if ratio <= NEAR:
+                found.append((ratio, other_bucket, entry))
+    return [(other, entry) for _, other, entry in sorted(found, key=lambda one: one[0])]
 
 
 def card(device: torch.device) -> str | None:
@@ -94,17 +122,22 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def bucket(**dims: int | bool) -> str:
+def bucket(**dims: int | bool | str) -> str:
     """ "m16384 n3072 k768": calls of one bucket are taken to prefer one implementation.
 
     Rows `m` and images `b` are rounded up to a power of two, other sizes stand as they are; of what
-    is true or false, the name stands for True.
+    is true or false, the name stands for True; a word stands for itself.
     """
-    return " ".join(
-        name if size is True else f"{name}{next_power_of_2(size) if name in ROUNDED else size}"
-        for name, size in dims.items()
-        if size is not False
-    )
+    words = (_word(name, size) for name, size in dims.items() if size is not False)
+    return " ".join(word for word in words if word)
+
+
+def _word(name: str, size: int | bool | str) -> str:
+    if isinstance(size, str):
+        return size
+    if size is True:
+        return name
+    return f"{name}{next_power_of_2(size) if name in ROUNDED else size}"
 
 
 def without_size(bucket: str) -> tuple[str, int]:
@@ -162,6 +195,13 @@ def table(device: torch.device) -> Table:
         return found
 
 
+def use(device: torch.device, contents: Table) -> None:
+    """Take `contents` for what was measured on `device`, in this process."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    _tables[device] = contents
+
+
 def lookup(
     device: torch.device,
     op: str,
@@ -194,6 +234,7 @@ def load(name: str) -> Table:
             continue
         merged.entries.update(contents.entries)
         merged.verified.update(contents.verified)
+        merged.configs.update(contents.configs)
     return merged
 
 
@@ -210,7 +251,13 @@ def read(path: Path) -> Table | None:
             )
             for entry in contents["entries"]
         }
-        return Table(entries, dict(contents["verified"]))
+        configs = {
+            (found["kernel"], found["bucket"], dtype_of(found["dtype"])): Measured(
+                dict(found["config"]), dict(found["default"]), str(path)
+            )
+            for found in contents.get("configs", ())
+        }
+        return Table(entries, dict(contents["verified"]), configs=configs)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:

@@ -1,7 +1,4 @@
-"""Launch configs of the fused linear layers with their reasons, and the launchers.
-
-All configs are predictions: from registers and shared memory as compiled, not from timing.
-"""
+"""The launchers of the fused linear layers."""
 
 from dataclasses import dataclass, replace
 
@@ -9,79 +6,28 @@ import torch
 from torch import Tensor
 
 from .. import _tuned
-from .._launch import (
-    TileConfig,
-    capability,
-    cdiv,
-    dot_precision,
-    fit,
-    launch,
-    next_power_of_2,
-    sm_count,
-)
+from .._launch import cdiv, dot_precision, launch, next_power_of_2, sm_count
 from . import persistent
 from .backward import finish_kernel, input_grad_kernel, norm_finish_kernel, weight_grad_kernel
+from .configs import (
+    CHUNK,
+    FORWARD,
+    INPUT_GRAD,
+    NORM_FINISH,
+    STATISTICS,
+    WEIGHT_GRAD,
+    precision_of,
+    product_candidates,
+    product_config,
+    row_candidates,
+    row_config,
+    weight_grad_candidates,
+    weight_grad_config,
+    work,
+)
 from .forward import forward_kernel, statistics_kernel
 
-# Columns whose statistics stand together; every tile is a multiple as wide.
-CHUNK = 64
-
-# Row tiles that are walked down before the next column tile: 8 x 128 rows of 768 values are 1.5 MB.
-GROUP = 8
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the choice of a tile depends on."""
-
-    dtype: torch.dtype
-    target: tuple[int, int]
-    sms: int
-    aligned: bool  # every row starts on a multiple of 16 values, so that loads are wide
-    # The tile of tokens is worked on in registers before the product: "norm" and "scale" are cheap,
-    # "slope" is the derivative of an activation.
-    prologue: str = ""
-    pair: bool = False  # two products share the tile
-
-
-def work(weight: Tensor, *others: Tensor | None, prologue: str = "", pair: bool = False) -> Work:
-    """The work on a product with `weight`, of rows of `others`."""
-    sizes = [*weight.shape, *(t.stride(0) for t in others if t is not None)]
-    aligned = all(size % 16 == 0 for size in sizes)
-    device = weight.device
-    return Work(weight.dtype, capability(device), sm_count(device), aligned, prologue, pair)
-
-
-def product_config(rows: int, columns: int, work: Work) -> TileConfig:
-    """Tiles of a product [rows, depth] x [depth, columns] with its prologue and epilogue.
-
-    An epilogue takes slices of 64 columns: all at once it would spill beside a tile of 128 x 128.
-    """
-    if work.dtype == torch.float32:  # FMA units or TF32; the operands are twice as wide
-        if work.aligned:
-            return TileConfig(64, 64, 16, 8, 2)
-        return TileConfig(32, 64, 16, 4 if work.prologue == "norm" else 8, 2)
-    if not work.aligned:  # an address for each value takes registers
-        return TileConfig(64, 64, 32, 8, 2)
-    # Few tokens: more, smaller programs.
-    if cdiv(rows, 128) * cdiv(columns, 128) < 2 * work.sms:
-        return TileConfig(64, 64, 32 if work.prologue == "slope" else 64, 4, 3)
-    if work.pair:  # two accumulators
-        return TileConfig(128, 64, 32, 8, 3)
-    if work.target < (9, 0):
-        return TileConfig(128, 128, 32, 8, 3, parts=2)
-    # A warp group takes 64 rows. 256 columns read the tokens half as often; an activation's slope
-    # in the prologue leaves no registers for them.
-    if columns % 256 or work.prologue == "slope":
-        return TileConfig(128, 128, 64, 8, 3, parts=2)
-    return TileConfig(128, 256, 64, 8, 3, parts=4)
-
-
-def weight_grad_config(features: int, width: int, dtype: torch.dtype) -> TileConfig:
-    """Tiles of [features, tokens] x [tokens, width]; block_m is the step over tokens."""
-    if dtype == torch.float32:
-        return TileConfig(32, fit(64, features), fit(64, width), 8, 2)
-    return TileConfig(64, fit(128, features), fit(128, width), 8, 3)
+__all__ = ["CHUNK"]  # of the configs' module, for the ops
 
 
 def bucket(x: Tensor, weight: Tensor, **options: bool) -> str:
@@ -95,21 +41,6 @@ def predicted_slower(dtype: torch.dtype) -> str | None:
     if dtype == torch.float32:
         return "float32: PyTorch's products are predicted to be faster"
     return None
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """rows: tokens a program holds at once."""
-
-    rows: int
-    block_k: int
-    num_warps: int
-
-
-def row_config(width: int) -> RowConfig:
-    """2048 elements a program, 8 a thread: three tensors are read and one is written."""
-    block_k = next_power_of_2(width)
-    return RowConfig(max(1, 2048 // block_k), block_k, max(8, min(32, block_k // 256)))
 
 
 def as_matrix(t: Tensor) -> Tensor:
@@ -127,7 +58,16 @@ def row_statistics(x: Tensor) -> Tensor:
     """[2, 1, M] float32: mean and sum of squared differences of each row of `x` [M, K]."""
     rows, width = x.shape
     stats = torch.empty(2, 1, rows, dtype=torch.float32, device=x.device)
-    config = row_config(width)
+    config = STATISTICS.pick(
+        row_config(width),
+        x.device,
+        x.dtype,
+        lambda: row_candidates(width),
+        lambda: {
+            "m": rows,
+            "k": width,
+        },
+    )
     launch(
         statistics_kernel,
         (cdiv(rows, config.rows),),
@@ -183,14 +123,38 @@ def forward(
     chunks = 1 if norm.stats is None else norm.stats.shape[1]
     normed = norm.stats is not None or norm.weight is not None
     weight = weight.contiguous()
-    if not (normed or gated) and persistent.suits(a, weight):
+    tma = not (normed or gated) and persistent.suits(a, weight)
+    prologue = "norm" if normed else ""
+    this = work(weight, a, stream, prologue=prologue, pair=gated, tma=tma)
+    config = FORWARD.pick(
+        product_config(rows, features, this),
+        weight.device,
+        weight.dtype,
+        lambda: product_candidates(this),
+        lambda: {
+            "m": rows,
+            "n": features,
+            "k": width,
+            "act": activation,
+            "gated": gated,
+            "prologue": prologue,
+            "saved": x_hat is not None,
+            "pre": pre is not None,
+            "residual": stream is not None,
+            "wide": stream is not None and stream.dtype == torch.float32,
+            "stats": out_stats is not None,
+            "tma": tma,
+            "unaligned": not this.aligned,
+            "precision": precision_of(weight.dtype),
+        },
+    )
+    if config.resident:
+        programs = min(persistent.tiles_of(config, rows, features), config.resident * this.sms)
         persistent.forward(
             a, weight, dense(bias), pre, stream, dense(layer_scale), dense(drop_scale), out,
-            out_stats, max(1, tokens), activation, GROUP,
+            out_stats, max(1, tokens), activation, config.group, (config, programs),
         )  # fmt: skip
         return
-    prologue = "norm" if normed else ""
-    config = product_config(rows, features, work(weight, a, stream, prologue=prologue, pair=gated))
     launch(
         forward_kernel,
         (cdiv(rows, config.block_m) * cdiv(features, config.block_n),),
@@ -225,7 +189,7 @@ def forward(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        GROUP=GROUP,
+        GROUP=config.group,
         PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -263,13 +227,36 @@ def input_grad(
     prologue = "slope" if z is not None else "scale" if layer_scale is not None else ""
     prologue = prologue if as_it_is else prologue or "scale"
     weight = weight.contiguous()
-    if not prologue and persistent.suits(g, weight):
-        persistent.input_grad(g, weight, dense(pre), hidden, dx, activation, gated, GROUP)
-        return g, hidden
-    this = work(weight, g, prologue=prologue)
+    tma = not prologue and persistent.suits(g, weight)
+    this = work(weight, g, prologue=prologue, tma=tma)
     config = product_config(rows, width, this)
-    if gated and not this.aligned and weight.dtype != torch.float32:
+    slow = gated and not (tma or this.aligned) and weight.dtype != torch.float32
+    if slow:
         config = replace(config, block_m=32)  # an epilogue of five tensors, address by address
+    config = INPUT_GRAD.pick(
+        config,
+        weight.device,
+        weight.dtype,
+        lambda: [] if slow else product_candidates(this),
+        lambda: {
+            "m": rows,
+            "n": features,
+            "k": width,
+            "act": activation,
+            "gated": gated,
+            "prologue": prologue,
+            "pre": pre is not None,
+            "tma": tma,
+            "unaligned": not this.aligned,
+            "precision": precision_of(weight.dtype),
+        },
+    )
+    if config.resident:
+        programs = min(persistent.tiles_of(config, rows, width), config.resident * this.sms)
+        persistent.input_grad(
+            g, weight, dense(pre), hidden, dx, activation, gated, config.group, (config, programs)
+        )
+        return g, hidden
     launch(
         input_grad_kernel,
         (cdiv(rows, config.block_m) * cdiv(width, config.block_n),),
@@ -294,7 +281,7 @@ def input_grad(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,
         BLOCK_K=config.block_n,
-        GROUP=GROUP,
+        GROUP=config.group,
         PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -319,11 +306,21 @@ def weight_grad(dz: Tensor, a: Tensor) -> Partial:
     """Partial sums of dz^T a and of dz, for dz [M, N] and a [M, K] of one dtype."""
     dz, a = as_matrix(dz), as_matrix(a)
     rows, features, width = dz.shape[0], dz.shape[1], a.shape[1]
-    config = weight_grad_config(features, width, a.dtype)
+    config = WEIGHT_GRAD.pick(
+        weight_grad_config(features, width, a.dtype),
+        a.device,
+        a.dtype,
+        lambda: weight_grad_candidates(features, width, a.dtype),
+        lambda: {
+            "m": rows,
+            "n": features,
+            "k": width,
+            "precision": precision_of(a.dtype),
+        },
+    )
     tiles = cdiv(features, config.block_n) * cdiv(width, config.block_k)
-    # The output is small and the tokens are many: split them, for one wave of two programs a
-    # multiprocessor, each with at least four steps to do.
-    splits = max(1, min(2 * sm_count(a.device) // tiles, rows // (4 * config.block_m)))
+    wave = config.programs * sm_count(a.device)
+    splits = max(1, min(wave // tiles, rows // (4 * config.block_m)))  # each of four steps at least
     steps = cdiv(cdiv(rows, splits), config.block_m)
     splits = cdiv(rows, steps * config.block_m) if rows else 0
     partial = Partial(
@@ -402,7 +399,21 @@ def norm_finish(
     """
     features, width = weight.shape
     rows = x_hat.numel() // width
-    config, block_c = row_config(width), 32  # 16 columns would spill a register
+    block_c = 32  # 16 columns would spill a register
+    config = NORM_FINISH.pick(
+        row_config(width),
+        weight.device,
+        weight.dtype,
+        lambda: row_candidates(width),
+        lambda: {
+            "m": rows,
+            "n": features,
+            "k": width,
+            "params": partial is not None,
+            "dx": dx is not None,
+            "stream": d_stream is not None,
+        },
+    )
     columns = 0 if partial is None else cdiv(width, block_c)
     shapes = ((features, width), (features,)) if partial is not None else ((0,), (0,))
     d_weight, d_bias = (torch.empty(s, dtype=dtype, device=weight.device) for s in shapes)

@@ -130,20 +130,28 @@ CANDIDATES = (
 )
 
 
-def choose(rows: int, columns: int, sms: int) -> tuple[TileConfig, int]:
-    """(tile, programs) that go through a product [rows, columns] in the least time, as predicted.
+def best(rows: int, columns: int, sms: int) -> Candidate:
+    """What goes through a product [rows, columns] in the least time, as predicted.
 
     That is a matter of rounds: 133 tiles on 132 multiprocessors take as long as 264.
     """
 
-    def tiles(tile: TileConfig) -> int:
-        return cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n)
-
     def time(candidate: Candidate) -> float:
-        return candidate.cost * cdiv(tiles(candidate.tile), candidate.resident * sms)
+        tiles = tiles_of(candidate.tile, rows, columns)
+        return candidate.cost * cdiv(tiles, candidate.resident * sms)
 
-    best = min(CANDIDATES, key=time)
-    return best.tile, min(tiles(best.tile), best.resident * sms)
+    return min(CANDIDATES, key=time)
+
+
+def tiles_of(tile: TileConfig, rows: int, columns: int) -> int:
+    """How many tiles a product [rows, columns] has."""
+    return cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n)
+
+
+def choose(rows: int, columns: int, sms: int) -> tuple[TileConfig, int]:
+    """The best tile, and how many programs go through them all."""
+    chosen = best(rows, columns, sms)
+    return chosen.tile, min(tiles_of(chosen.tile, rows, columns), chosen.resident * sms)
 
 
 def suits(tokens: Tensor, weight: Tensor) -> bool:
@@ -178,10 +186,14 @@ def forward(
     tokens: int,
     activation: str,
     group: int,
+    chosen: tuple[TileConfig, int] | None = None,
 ) -> None:
-    """Fill `out`, and `pre` and `out_stats` where given; see `persistent_forward_kernel`."""
+    """Fill `out`, and `pre` and `out_stats` where given; see `persistent_forward_kernel`.
+
+    chosen: tile and programs; those of `choose` if None.
+    """
     (rows, width), features = x.shape, weight.shape[0]
-    config, programs = choose(rows, features, sm_count(weight.device))
+    config, programs = chosen or choose(rows, features, sm_count(weight.device))
     launch(
         persistent_forward_kernel,
         (programs,),
@@ -221,10 +233,14 @@ def input_grad(
     activation: str,
     gated: bool,
     group: int,
+    chosen: tuple[TileConfig, int] | None = None,
 ) -> None:
-    """Fill `dx`, and `hidden` where given; see `persistent_input_grad_kernel`."""
+    """Fill `dx`, and `hidden` where given; see `persistent_input_grad_kernel`.
+
+    chosen: tile and programs; those of `choose` if None.
+    """
     rows, (features, width) = dy.shape[0], weight.shape
-    config, programs = choose(rows, width, sm_count(weight.device))
+    config, programs = chosen or choose(rows, width, sm_count(weight.device))
     launch(
         persistent_input_grad_kernel,
         (programs,),

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._configs import tunable
 from .._launch import cdiv, launch, next_power_of_2, sm_count
-from .._norm import _statistics, as_rows, forward_config
+from .._norm import RowConfig, _statistics, as_rows, forward_candidates, forward_config
 from .._reduce import column_sum
 from .._triton import jit, tl
 from .activation import activate, derive
@@ -233,11 +234,12 @@ def residual_kernel(
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Rows and columns of a tile."""
+    """Rows and columns of a tile; programs: of those that sum over rows, on a multiprocessor."""
 
     rows: int
     columns: int
     num_warps: int = 4
+    programs: int = 4
 
 
 def tile_config(width: int) -> TileConfig:
@@ -248,6 +250,25 @@ def tile_config(width: int) -> TileConfig:
     """
     columns = 256 if width % 256 == 0 else max(64, min(128, next_power_of_2(width)))
     return TileConfig(2048 // columns, columns)
+
+
+def tile_candidates(width: int, sums: bool) -> list[TileConfig]:
+    """8 or 16 elements a thread; and where rows are summed, other numbers of programs."""
+    columns = tile_config(width).columns
+    wide = [512] if width % 512 == 0 else []
+    return [
+        TileConfig(elements // across, across, warps, programs)
+        for across in [columns, *wide]
+        for elements, warps in ((1024, 4), (2048, 4), (4096, 8), (2048, 8))
+        for programs in ((2, 4, 8) if sums and across == columns else (4,))
+    ]
+
+
+NORM = tunable("pointwise.norm", RowConfig)
+ACT = tunable("pointwise.act", TileConfig)
+SLOPE = tunable("pointwise.slope", TileConfig)
+SCALE = tunable("pointwise.scale", TileConfig)
+ADD = tunable("pointwise.add", TileConfig)
 
 
 class Turns(NamedTuple):
@@ -264,7 +285,8 @@ def turns(rows: int, width: int, config: TileConfig, sums: bool, device: torch.d
     wave. Their loads in flight, 16 KB and more, cover the latency of memory.
     """
     tiles = cdiv(rows, config.rows)
-    wanted = cdiv(4 * sm_count(device), cdiv(width, config.columns)) if sums else tiles
+    wave = config.programs * sm_count(device)
+    wanted = cdiv(wave, cdiv(width, config.columns)) if sums else tiles
     groups = min(tiles, wanted)
     return Turns(groups, cdiv(tiles, max(1, groups)))
 
@@ -283,7 +305,19 @@ def normalise(
     affine = norm.weight is not None
     if normalised and not affine:
         return as_matrix(x).to(dtype), None, None
-    config = forward_config(width)
+    config = NORM.pick(
+        forward_config(width),
+        x.device,
+        x.dtype,
+        lambda: forward_candidates(width),
+        lambda: {
+            "m": batch * tokens,
+            "k": width,
+            "saved": saving,
+            "affine": affine,
+            "normalised": normalised,
+        },
+    )
     x_hat = x.new_empty(batch * tokens, width, dtype=dtype) if saving else None
     out = x.new_empty(batch * tokens, width, dtype=dtype) if affine or not saving else None
     spread = x.new_empty(batch * tokens, dtype=torch.float32) if saving else None
@@ -317,7 +351,18 @@ def act(z: Tensor, activation: str, gated: bool, keep: bool) -> Tensor:
     rows, features = z.shape
     width = features // 2 if gated else features
     out = z.new_empty(rows, width) if keep or gated else z
-    config = tile_config(width)
+    config = ACT.pick(
+        tile_config(width),
+        z.device,
+        z.dtype,
+        lambda: tile_candidates(width, False),
+        lambda: {
+            "m": rows,
+            "n": width,
+            "act": activation,
+            "gated": gated,
+        },
+    )
     launch(
         act_kernel,
         (cdiv(rows, config.rows) * cdiv(width, config.columns),),
@@ -345,7 +390,20 @@ def slope(
     rows, width = g.shape
     dz = torch.empty_like(pre, memory_format=torch.contiguous_format)
     again = z.new_empty(rows, width) if hidden else None
-    config = tile_config(width)
+    config = SLOPE.pick(
+        tile_config(width),
+        z.device,
+        z.dtype,
+        lambda: tile_candidates(width, sums),
+        lambda: {
+            "m": rows,
+            "n": width,
+            "act": activation,
+            "gated": gated,
+            "hidden": hidden,
+            "sums": sums,
+        },
+    )
     groups, steps = turns(rows, width, config, sums, z.device)
     partial = z.new_empty(groups, pre.shape[1], dtype=torch.float32) if sums else None
     launch(
@@ -392,7 +450,19 @@ def scale(
         g = d.new_empty(rows, width, dtype=dtype)
     if apart and need_x:
         scaled = d.new_empty(rows, width, dtype=dtype)
-    config = tile_config(width)
+    config = SCALE.pick(
+        tile_config(width),
+        d.device,
+        d.dtype,
+        lambda: tile_candidates(width, need_params),
+        lambda: {
+            "m": rows,
+            "n": width,
+            "own": g is not None,
+            "scaled": scaled is not None,
+            "sums": need_params,
+        },
+    )
     groups, steps = turns(rows, width, config, need_params, d.device)
     if need_params:
         partial = d.new_empty(groups, width, dtype=torch.float32)
@@ -442,7 +512,18 @@ def add(
     """Fill `out` with residual + branch * layer_scale * drop_scale, and the statistics of it."""
     stream, added = as_matrix(residual), as_matrix(branch)
     rows, width = stream.shape
-    config = tile_config(width)
+    config = ADD.pick(
+        tile_config(width),
+        added.device,
+        added.dtype,
+        lambda: tile_candidates(width, False),
+        lambda: {
+            "m": rows,
+            "n": width,
+            "stats": out_stats is not None,
+            "wide": stream.dtype == torch.float32,
+        },
+    )
     launch(
         residual_kernel,
         (cdiv(rows, config.rows) * cdiv(width, config.columns),),

@@ -1,162 +1,47 @@
-"""Launch configs of attention with their reasons, and the launchers."""
+"""The launchers of attention."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._launch import capability, cdiv, dot_precision, launch, next_power_of_2, sm_count
+from .._configs import Tunable
+from .._launch import cdiv, dot_precision, launch, next_power_of_2, sm_count
 from .._reduce import column_sum
 from .backward import backward_kernel, backward_key_kernel, backward_query_kernel
+from .configs import (
+    BACKWARD,
+    FORWARD,
+    KEY,
+    MAY_SPILL,
+    QUERY,
+    BlockConfig,
+    backward_candidates,
+    backward_config,
+    chunks,
+    forward_candidates,
+    forward_config,
+    key_candidates,
+    key_config,
+    make_case,
+    may_spill,
+    query_candidates,
+    query_config,
+    single_pass,
+    split,
+    tail,
+    width_problem,
+)
 from .forward import forward_kernel
 from .reference import Options
 
 LOG2E = 1.4426950408889634
-MAX_HEAD_DIM = 128
 
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """Queries and keys of one step; warps; software-pipeline stages."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def split(width: int) -> tuple[int, int]:
-    """Powers of two (16 at least) that cover `width` columns with the fewest to spare.
-
-    80 = 64 + 16, 72 = 64 + 16 (8 to spare), 88 = 64 + 32; 64, and what would need as many as one
-    power of two does (104 = 64 + 64), stay in one piece.
-    """
-    whole = max(16, next_power_of_2(width))
-    first = whole // 2
-    second = max(16, next_power_of_2(width - first))
-    return (first, second) if first >= 16 and first + second < whole else (whole, 0)
-
-
-def chunks(head_dim: int, rotated: bool, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Columns of the two chunks of queries and keys, then of those of values."""
-    own = split(head_dim)
-    if dtype == torch.float32 and own == (128, 0):
-        own = (64, 64)  # products without tensor cores hold their operands in registers
-    half = max(16, next_power_of_2(cdiv(head_dim, 2)))
-    return (*((half, half) if rotated else own), *own)
-
-
-def tail(length: int, block: int) -> int:
-    """Size of the last, partial block: 197 keys in blocks of 64 are 3 blocks and one of 16."""
-    rest = length % block
-    return max(16, next_power_of_2(rest)) if rest else 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the choice of a config depends on."""
-
-    width: int  # columns of queries and keys, as padded
-    dtype: torch.dtype
-    hopper: bool  # tensor cores that read shared memory; before, operands take registers
-    plain: bool  # no norm, rotation, mask or varying length, all of which take registers, too
-
-
-MAY_SPILL = "float32, and wide heads or options: our kernels may spill registers"
-
-
-def may_spill(case: Case) -> bool:
-    """Whether some kernel needs more registers than there are, whatever its blocks."""
-    return case.dtype == torch.float32 and (case.width > 64 or not case.plain)
-
-
-def width_problem(head_dim: int) -> str | None:
-    """Why the kernels can't take heads of this size; None where they can."""
-    if head_dim > MAX_HEAD_DIM:
-        return f"no kernel for heads of {head_dim}, above {MAX_HEAD_DIM}"
-    return None
-
-
-def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockConfig:
-    """Blocks of the forward kernel for this many queries and heads (`programs`)."""
-    if case.dtype == torch.float32:  # small, here and below: operands of FMAs wait in registers
-        if not case.plain:
-            return BlockConfig(16, 32, 4, 2)
-        # Heads of up to 16, with 8 warps, spill two registers.
-        return BlockConfig(32, 32, 8 if case.width > 16 else 4, 2)
-    # 128 queries read keys and values half as often as 64 do; but not if more of them are padding,
-    # nor if that leaves multiprocessors idle.
-    tall = cdiv(queries, 128) * 2 == cdiv(queries, 64) and programs * cdiv(queries, 128) >= sms
-    if case.hopper:
-        return BlockConfig(128, 64, 8, 2) if tall or not case.plain else BlockConfig(64, 64, 4, 3)
-    if not case.plain:
-        return BlockConfig(64, 32, 4, 2) if case.width <= 64 else BlockConfig(32, 32, 8, 2)
-    return BlockConfig(64, 64, 4, 3) if case.width <= 96 else BlockConfig(64, 16, 8, 2)
-
-
-def single_pass(keys: int, case: Case) -> bool:
-    """Whether the gradients of a head with so many keys are computed in one launch.
-
-    The accumulators of dk and dv for all keys stay in registers: 256 keys of 64 columns are half of
-    a multiprocessor's. More, or what an older card needs for operands, would spill.
-    """
-    if case.width > 64:
-        return False
-    if case.dtype == torch.float32 or not case.plain:
-        return keys <= 64
-    return keys <= (256 if case.hopper else 128)
-
-
-def backward_config(keys: int, case: Case) -> BlockConfig:
-    """Blocks of the single-pass backward kernel; block_n covers all keys."""
-    block_n = max(16, next_power_of_2(keys))
-    if case.dtype == torch.float32 or not case.plain:
-        return BlockConfig(16, block_n, 4 if block_n < 64 and not case.plain else 8, 1)
-    num_warps = 4 if block_n <= 64 else 8
-    # With one block on a multiprocessor, the next queries must be on their way: two stages.
-    if case.hopper and block_n == 128:
-        return BlockConfig(64, block_n, num_warps, 2)
-    return BlockConfig(32, block_n, num_warps, 2)
-
-
-def query_config(case: Case) -> BlockConfig:
-    """Blocks of the kernel for dq."""
-    if case.dtype == torch.float32:
-        return BlockConfig(16, 16, 8, 2)
-    if case.hopper and (case.plain or case.width <= 64):
-        return BlockConfig(64, 64, 4, 2)
-    if case.hopper:
-        return BlockConfig(64, 32, 8, 2)
-    if not case.plain:
-        return BlockConfig(64, 16, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 1)
-    return BlockConfig(64, 32, 4, 2) if case.width <= 96 else BlockConfig(128, 32, 8, 2)
-
-
-def key_config(case: Case) -> BlockConfig:
-    """Blocks of the kernel for dk and dv."""
-    if case.dtype == torch.float32:
-        return BlockConfig(16, 16, 8, 2)
-    if case.hopper:
-        if case.plain:
-            return BlockConfig(64 if case.width <= 96 else 32, 64, 4, 2)
-        return BlockConfig(32, 64, 4 if case.width <= 64 else 8, 2)
-    if not case.plain:
-        return BlockConfig(16, 64, 4, 2) if case.width <= 64 else BlockConfig(16, 32, 8, 2)
-    if case.width <= 32:
-        return BlockConfig(32, 64, 4, 2)
-    if case.width <= 96:  # beyond 64 two chunks of operands: none may be on their way as well
-        return BlockConfig(16, 64, 4, 2 if case.width <= 64 else 1)
-    return BlockConfig(32, 64, 8, 2)
-
-
-def make_case(qkv: Tensor, options: Options) -> Case:
-    """The case of a call on `qkv`, or on any of its parts."""
-    rotated = options.sin is not None
-    extras = (options.q_weight, options.sin, options.key_mask, options.cu_seqlens)
-    plain = all(t is None for t in extras)
-    first, second, *_ = chunks(qkv.shape[-1], rotated, qkv.dtype)
-    return Case(first + second, qkv.dtype, capability(qkv.device) >= (9, 0), plain)
+# Of the configs' module, for the ops.
+__all__ = ["MAY_SPILL", "chunks", "make_case", "may_spill", "single_pass", "split", "tail"]
+__all__ += ["width_problem"]
 
 
 def dense(t: Tensor | None) -> Tensor | None:
@@ -212,7 +97,7 @@ class _Call:
         )
         rope = "" if options.sin is None else "interleaved" if options.interleaved else "halves"
         first, second, v_first, v_second = chunks(self.head_dim, bool(rope), q.dtype)
-        self.constexprs = {
+        self.constexprs: dict[str, Any] = {
             "HEAD_DIM": self.head_dim,
             "FIRST": first,
             "SECOND": second,
@@ -223,6 +108,33 @@ class _Call:
             "PRECISION": dot_precision(q.dtype),
             "NATURAL": natural,
         }
+
+    def pick(
+        self,
+        which: Tunable[BlockConfig],
+        default: BlockConfig,
+        candidates: Callable[[], list[BlockConfig]],
+    ) -> BlockConfig:
+        """The config for one of the launches."""
+        varlen = self.varlen  # where the longest of many lengths says little of them
+        return which.pick(
+            default,
+            self.q.device,
+            self.q.dtype,
+            candidates,
+            lambda: {
+                "b": self.programs,
+                "q": next_power_of_2(self.queries) if varlen else self.queries,
+                "k": next_power_of_2(self.keys) if varlen else self.keys,
+                "d": self.head_dim,
+                "rope": self.constexprs["ROPE"],
+                "norm": self.dtype is not None,
+                "rms": self.constexprs["RMS"],
+                "mask": self.extras[6] is not None,
+                "varlen": varlen,
+                "precision": self.constexprs["PRECISION"] if self.q.dtype == torch.float32 else "",
+            },
+        )
 
     def tail(self, block: int) -> int:
         """Keys of the last step; where lengths vary nobody knows, so it may be a whole block."""
@@ -251,7 +163,11 @@ def forward(
     stats = torch.empty(
         (2, call.heads, call.total) if need_stats else 0, dtype=torch.float32, device=q.device
     )
-    config = forward_config(call.case, call.queries, call.programs, sm_count(q.device))
+    config = call.pick(
+        FORWARD,
+        forward_config(call.case, call.queries, call.programs, sm_count(q.device)),
+        lambda: forward_candidates(call.case),
+    )
     blocks = cdiv(call.queries, config.block_m)
     launch(
         forward_kernel,
@@ -303,7 +219,11 @@ def backward(
     dout = rows_dense(dout).unflatten(-1, (call.heads, call.head_dim))
     sizes = (call.heads, call.queries, call.keys)
     if out is None or stats is None:
-        config = backward_config(call.keys, call.case)
+        config = call.pick(
+            BACKWARD,
+            backward_config(call.keys, call.case),
+            lambda: backward_candidates(call.keys, call.case),
+        )
         partial = call.partial(call.programs, 4)
         launch(
             backward_kernel,
@@ -331,7 +251,7 @@ def backward(
         )
         return call.params(partial)
     delta = torch.empty_like(stats[0])
-    config = query_config(call.case)
+    config = call.pick(QUERY, query_config(call.case), lambda: query_candidates(call.case))
     blocks = cdiv(call.queries, config.block_m)
     q_partial = call.partial(call.programs * blocks, 2)
     launch(
@@ -362,7 +282,7 @@ def backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    config = key_config(call.case)
+    config = call.pick(KEY, key_config(call.case), lambda: key_candidates(call.case))
     blocks = cdiv(call.keys, config.block_n)
     k_partial = call.partial(call.programs * blocks, 2)
     launch(

@@ -1,8 +1,11 @@
 """Launch configs of patch_embed with their reasons, and the launchers."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from .._configs import tunable, variants
 from .._launch import TileConfig, capability, cdiv, dot_precision, fit, launch, sm_count
 from .._op import dtype_name
 from .._reduce import column_sum
@@ -32,11 +35,49 @@ def forward_config(
     return TileConfig(128, fit(128, width), 32, 8, 4)
 
 
-def weight_grad_config(length: int, width: int, dtype: torch.dtype) -> TileConfig:
+def forward_candidates(
+    width: int, dtype: torch.dtype, as_bytes: bool, target: tuple[int, int]
+) -> list[TileConfig]:
+    """Alternatives; for bytes the small ones only."""
+    if dtype == torch.float32:
+        columns = fit(32 if as_bytes else 64, width)
+        return [TileConfig(64, columns, 16, warps, stages) for warps in (4, 8) for stages in (2, 3)]
+    small = TileConfig(64, fit(64, width), 32, 4, 3)
+    found = variants(small, {}, {"num_stages": 4}, {"block_k": 64}, {"block_k": 64, "num_warps": 8})
+    tall = TileConfig(128, fit(64, width), 32, 8, 3)
+    found += variants(tall, {}, {"num_stages": 4}, {"block_k": 64})
+    if width >= 128:
+        square = TileConfig(128, 128, 32, 8, 3)
+        found += variants(square, {}, {"num_stages": 4})
+        if target >= (9, 0):
+            found += variants(square, {"block_k": 64}, {"block_k": 64, "num_stages": 4})
+    return found
+
+
+@dataclass(frozen=True)
+class SplitConfig(TileConfig):
+    """Tile of a weight's gradient; programs: into how many a multiprocessor the work is split."""
+
+    programs: int = 2
+
+
+def weight_grad_config(length: int, width: int, dtype: torch.dtype) -> SplitConfig:
     """Tiles of [width, tokens] x [tokens, K]; block_m is the step over tokens."""
     if dtype == torch.float32:
-        return TileConfig(32, fit(64, width), fit(64, length), 8, 2)
-    return TileConfig(64, fit(128, width), fit(128, length), 8, 3)
+        return SplitConfig(32, fit(64, width), fit(64, length), 8, 2)
+    return SplitConfig(64, fit(128, width), fit(128, length), 8, 3)
+
+
+def weight_grad_candidates(length: int, width: int, dtype: torch.dtype) -> list[SplitConfig]:
+    """Other splits, and steps over fewer tokens."""
+    default = weight_grad_config(length, width, dtype)
+    found = variants(default, {"programs": 1}, {"programs": 4}, {"num_stages": 2})
+    if dtype == torch.float32:
+        return found
+    found += variants(default, {"block_m": 32}, {"block_m": 32, "num_stages": 4})
+    if default.block_k == 128:
+        found += variants(default, {"block_k": 64}, {"block_k": 64, "num_warps": 4, "programs": 4})
+    return found
 
 
 def image_grad_config(length: int, dtype: torch.dtype) -> TileConfig:
@@ -44,6 +85,19 @@ def image_grad_config(length: int, dtype: torch.dtype) -> TileConfig:
     if dtype == torch.float32:
         return TileConfig(64, 32, fit(64, length), 8, 2)
     return TileConfig(64, 64, fit(64, length), 8, 3)  # scattered addresses: larger tiles spill
+
+
+def image_grad_candidates(length: int, dtype: torch.dtype) -> list[TileConfig]:
+    """Other numbers of warps and stages, and steps over fewer channels."""
+    default = image_grad_config(length, dtype)
+    return variants(
+        default, {"num_stages": 3}, {"num_stages": 4}, {"num_warps": 4}, {"block_n": 32}
+    )
+
+
+FORWARD = tunable("patch_embed.forward", TileConfig)
+WEIGHT_GRAD = tunable("patch_embed.weight_grad", SplitConfig)
+IMAGE_GRAD = tunable("patch_embed.image_grad", TileConfig)
 
 
 def weight_matrix(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -100,13 +154,24 @@ def launch_forward(
     out = weight.new_empty((batch, prefix_tokens + g.patches, width), dtype=out_dtype)
     channels_last = is_channels_last(images)
     matrix = weight_matrix(weight, compute_dtype, channels_last)
-    config = forward_config(
-        batch * g.patches,
-        width,
+    as_bytes, target = images.dtype == torch.uint8, capability(images.device)
+    config = FORWARD.pick(
+        forward_config(
+            batch * g.patches, width, compute_dtype, as_bytes, target, sm_count(images.device)
+        ),
+        images.device,
         compute_dtype,
-        images.dtype == torch.uint8,
-        capability(images.device),
-        sm_count(images.device),
+        lambda: forward_candidates(width, compute_dtype, as_bytes, target),
+        lambda: {
+            "m": batch * g.patches,
+            "n": width,
+            "k": g.length,
+            "patch": patch_w,
+            "bytes": as_bytes,
+            "nhwc": channels_last,
+            "wide": out_dtype == torch.float32,
+            "precision": dot_precision(compute_dtype) if compute_dtype == torch.float32 else "",
+        },
     )
     tiles_m = cdiv(batch * g.patches, config.block_m) + cdiv(batch * prefix_tokens, config.block_m)
     launch(
@@ -196,11 +261,26 @@ def _launch_weight_grad(
     batch, channels, height, image_width = images.shape
     width, _, patch_h, patch_w = weight.shape
     g = geometry(images, weight, pad)
-    config = weight_grad_config(g.length, width, compute_dtype)
     tokens = batch * g.patches
+    config = WEIGHT_GRAD.pick(
+        weight_grad_config(g.length, width, compute_dtype),
+        images.device,
+        compute_dtype,
+        lambda: weight_grad_candidates(g.length, width, compute_dtype),
+        lambda: {
+            "m": tokens,
+            "n": width,
+            "k": g.length,
+            "patch": patch_w,
+            "bytes": images.dtype == torch.uint8,
+            "nhwc": is_channels_last(images),
+            "precision": dot_precision(compute_dtype) if compute_dtype == torch.float32 else "",
+        },
+    )
     tiles = cdiv(width, config.block_n) * cdiv(g.length, config.block_k)
     # One wave of two programs a multiprocessor, each with at least four steps to do.
-    splits = max(1, min(2 * sm_count(images.device) // tiles, tokens // (4 * config.block_m)))
+    wave = config.programs * sm_count(images.device)
+    splits = max(1, min(wave // tiles, tokens // (4 * config.block_m)))
     steps = cdiv(cdiv(tokens, splits), config.block_m)
     splits = cdiv(tokens, steps * config.block_m) if tokens else 0
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
@@ -253,7 +333,20 @@ def _launch_image_grad(
     batch, channels, height, image_width = images.shape
     width, _, patch_h, patch_w = weight.shape
     g = geometry(images, weight, pad)
-    config = image_grad_config(g.length, compute_dtype)
+    config = IMAGE_GRAD.pick(
+        image_grad_config(g.length, compute_dtype),
+        images.device,
+        compute_dtype,
+        lambda: image_grad_candidates(g.length, compute_dtype),
+        lambda: {
+            "m": batch * g.patches,
+            "n": width,
+            "k": g.length,
+            "patch": patch_w,
+            "nhwc": is_channels_last(images),
+            "precision": dot_precision(compute_dtype) if compute_dtype == torch.float32 else "",
+        },
+    )
     matrix = weight_matrix(weight, compute_dtype, channels_last=False)
     complete = covered_pixels(images, weight, pad) == images.numel()
     d_images = torch.empty_like(images) if complete else torch.zeros_like(images)

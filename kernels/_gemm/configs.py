@@ -1,0 +1,223 @@
+"""Launch configs of the fused linear layers with their reasons.
+
+All defaults are predictions: from registers and shared memory as compiled, not from timing. Beside
+each stand the alternatives that the tuner tries on a card (see ``_configs.py``).
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._configs import tunable, variants
+from .._launch import (
+    TileConfig,
+    capability,
+    cdiv,
+    dot_precision,
+    fit,
+    next_power_of_2,
+    sm_count,
+)
+from . import persistent
+
+# Columns whose statistics stand together; every tile is a multiple as wide.
+CHUNK = 64
+
+# Row tiles that are walked down before the next column tile: 8 x 128 rows of 768 values are 1.5 MB.
+GROUP = 8
+
+
+@dataclass(frozen=True)
+class ProductConfig(TileConfig):
+    """Tile of a product, and how programs go through its tiles.
+
+    group: row tiles that are walked down before the next column tile. resident: programs that stay
+    on each multiprocessor and take tile after tile, by TMA (``persistent.py``); 0 for a program a
+    tile.
+    """
+
+    group: int = GROUP
+    resident: int = 0
+
+
+@dataclass(frozen=True)
+class SplitConfig(TileConfig):
+    """Tile of a weight's gradient; programs: into how many a multiprocessor the work is split."""
+
+    programs: int = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the choice of a tile depends on."""
+
+    dtype: torch.dtype
+    target: tuple[int, int]
+    sms: int
+    aligned: bool  # every row starts on a multiple of 16 values, so that loads are wide
+    # The tile of tokens is worked on in registers before the product: "norm" and "scale" are cheap,
+    # "slope" is the derivative of an activation.
+    prologue: str = ""
+    pair: bool = False  # two products share the tile
+    tma: bool = False  # both operands can come by TMA, and be multiplied as they come
+
+
+def work(
+    weight: Tensor,
+    *others: Tensor | None,
+    prologue: str = "",
+    pair: bool = False,
+    tma: bool = False,
+) -> Work:
+    """The work on a product with `weight`, of rows of `others`."""
+    sizes = [*weight.shape, *(t.stride(0) for t in others if t is not None)]
+    aligned = all(size % 16 == 0 for size in sizes)
+    device = weight.device
+    return Work(weight.dtype, capability(device), sm_count(device), aligned, prologue, pair, tma)
+
+
+def product_config(rows: int, columns: int, work: Work) -> ProductConfig:
+    """Tiles of a product [rows, depth] x [depth, columns] with its prologue and epilogue.
+
+    An epilogue takes slices of 64 columns: all at once it would spill beside a tile of 128 x 128.
+    """
+    if work.tma:
+        found = persistent.best(rows, columns, work.sms)
+        return ProductConfig(**asdict(found.tile), resident=found.resident)
+    if work.dtype == torch.float32:  # FMA units or TF32; the operands are twice as wide
+        if work.aligned:
+            return ProductConfig(64, 64, 16, 8, 2)
+        return ProductConfig(32, 64, 16, 4 if work.prologue == "norm" else 8, 2)
+    if not work.aligned:  # an address for each value takes registers
+        return ProductConfig(64, 64, 32, 8, 2)
+    # Few tokens: more, smaller programs.
+    if cdiv(rows, 128) * cdiv(columns, 128) < 2 * work.sms:
+        return ProductConfig(64, 64, 32 if work.prologue == "slope" else 64, 4, 3)
+    if work.pair:  # two accumulators
+        return ProductConfig(128, 64, 32, 8, 3)
+    if work.target < (9, 0):
+        return ProductConfig(128, 128, 32, 8, 3, parts=2)
+    # A warp group takes 64 rows. 256 columns read the tokens half as often; an activation's slope
+    # in the prologue leaves no registers for them.
+    if columns % 256 or work.prologue == "slope":
+        return ProductConfig(128, 128, 64, 8, 3, parts=2)
+    return ProductConfig(128, 256, 64, 8, 3, parts=4)
+
+
+def product_candidates(work: Work) -> list[ProductConfig]:
+    """Alternatives for a product; slices of an epilogue stay 64 columns, a chunk of statistics."""
+    if work.dtype == torch.float32:
+        tiles = [(64, 64, 16, 4, 2), (64, 64, 16, 8, 3), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)]
+        return [ProductConfig(*tile) for tile in [*tiles, (32, 64, 16, 8, 2)]]
+    if not work.aligned:
+        return [ProductConfig(*tile) for tile in [(64, 64, 32, 4, 2), (32, 64, 32, 4, 2)]]
+    small = [ProductConfig(*tile) for tile in [(64, 64, 64, 4, 3), (64, 64, 32, 4, 4)]]
+    tall = ProductConfig(128, 64, 32, 8, 3)
+    if work.pair:
+        return [*small, *variants(tall, {}, {"num_stages": 4}, {"block_k": 64}, {"group": 4})]
+    square = ProductConfig(128, 128, 64, 8, 3, parts=2)
+    flat = ProductConfig(64, 128, 64, 4, 3, parts=2)
+    ordinary = [
+        *small,
+        *variants(tall, {}, {"block_k": 64}),
+        *variants(flat, {}, {"block_k": 32, "num_stages": 4}),
+        *variants(square, {"block_k": 32}, {"block_k": 32, "num_stages": 4}),
+    ]
+    if work.target < (9, 0):
+        return [*ordinary, *variants(square, {"block_k": 32, "group": 4})]
+    wide = ProductConfig(128, 256, 64, 8, 3, parts=4)
+    ordinary += [square, replace(square, num_stages=4)]
+    if work.prologue != "slope":
+        ordinary += variants(
+            wide, {}, {"block_k": 32, "num_stages": 4}, {"group": 4}, {"group": 16}
+        )
+    if not work.tma:
+        return ordinary
+    return [
+        *variants(wide, {"num_stages": 4, "resident": 1}, {"num_stages": 3, "resident": 1}),
+        *variants(wide, *({"num_stages": 4, "resident": 1, "group": n} for n in (4, 16))),
+        *variants(square, *({"num_stages": n, "resident": 1} for n in (4, 6))),
+        *variants(square, {"num_stages": 3, "resident": 2}),
+        *variants(square, {"block_m": 256, "num_stages": 4, "resident": 1}),
+        *variants(flat, {"num_stages": 4, "resident": 2}, {"num_stages": 3, "resident": 3}),
+        *variants(small[0], {"num_stages": 4, "resident": 2}, {"num_stages": 4, "resident": 3}),
+        wide,
+        square,
+        small[0],
+    ]
+
+
+def weight_grad_config(features: int, width: int, dtype: torch.dtype) -> SplitConfig:
+    """Tiles of [features, tokens] x [tokens, width]; block_m is the step over tokens.
+
+    The output is small and the tokens are many: they are split, for one wave of two programs a
+    multiprocessor.
+    """
+    if dtype == torch.float32:
+        return SplitConfig(32, fit(64, features), fit(64, width), 8, 2)
+    return SplitConfig(64, fit(128, features), fit(128, width), 8, 3)
+
+
+def weight_grad_candidates(features: int, width: int, dtype: torch.dtype) -> list[SplitConfig]:
+    """Alternatives, which cover what the default does: no tile is beyond the matrix."""
+    default = weight_grad_config(features, width, dtype)
+    if dtype == torch.float32:
+        return variants(default, {"programs": 1}, {"programs": 4}, {"num_warps": 4})
+    found = variants(
+        default,
+        *({"programs": n} for n in (1, 3, 4)),
+        {"num_stages": 4},
+        {"num_stages": 4, "programs": 1},
+        {"block_m": 32, "num_stages": 4},
+        {"block_m": 128, "num_stages": 2, "programs": 1},
+    )
+    if default.block_k == 128 and width % 256 == 0:
+        found += variants(default, *({"block_k": 256, "programs": n} for n in (1, 2)))
+    if default.block_n == 128 and features % 256 == 0:
+        found += variants(default, {"block_n": 256, "programs": 1})
+    if default.block_k == 128:
+        found += variants(
+            default, *({"block_k": 64, "num_warps": 4, "programs": n} for n in (2, 4))
+        )
+    if default.block_n == 128:
+        found += variants(default, {"block_n": 64, "num_warps": 4, "programs": 4})
+    return found
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """rows: tokens a program holds at once."""
+
+    rows: int
+    block_k: int
+    num_warps: int
+
+
+def row_config(width: int) -> RowConfig:
+    """2048 elements a program, 8 a thread: three tensors are read and one is written."""
+    block_k = next_power_of_2(width)
+    return RowConfig(max(1, 2048 // block_k), block_k, max(8, min(32, block_k // 256)))
+
+
+def row_candidates(width: int) -> list[RowConfig]:
+    """From 1024 to 4096 elements a program; a thread holds 4 to 16 of them."""
+    block_k = next_power_of_2(width)
+    return [
+        RowConfig(rows, block_k, warps)
+        for rows in sorted({max(1, elements // block_k) for elements in (1024, 2048, 4096)})
+        for warps in (4, 8, 16)
+        if 4 <= rows * block_k // (32 * warps) <= 16
+    ]
+
+
+FORWARD = tunable("linear.forward", ProductConfig)
+INPUT_GRAD = tunable("linear.input_grad", ProductConfig)
+WEIGHT_GRAD = tunable("linear.weight_grad", SplitConfig)
+STATISTICS = tunable("linear.statistics", RowConfig)
+NORM_FINISH = tunable("linear.norm_finish", RowConfig)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """What of `dot_precision` tells two buckets apart: 16-bit products know one only."""
+    return dot_precision(dtype) if dtype == torch.float32 else ""
