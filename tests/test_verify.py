@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks._verify import kernels
+from benchmarks._verify import kernels, page
 from benchmarks._verify.kernels import serve
 from vitkern.kernels import REGISTRY, _tuned, _verified
 from vitkern.kernels._op import Op
@@ -199,3 +199,166 @@ def test_errors(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(ValueError, match="is of H100, and this is cpu"):
         check(tmp_path, ops=["layer_norm"])
     assert not rows(results) if results.exists() else True
+
+
+def about(date: str = "2026-12-01T10:00:00+00:00", device: str = "cuda") -> Row:
+    """As a run on a card begins."""
+    smi = "name, driver_version, power.limit [W]\nNVIDIA H100 80GB HBM3, 580.65.06, 700.00 W"
+    environment = {
+        "date": date,
+        "commit": "0123456789abcdef",
+        "uncommitted": False,
+        "packages": {"torch": "2.11.0", "triton": "3.6.0"},
+        "cuda": "13.0",
+        "cpu": "A CPU, 2 threads",
+        "nvidia_smi": smi,
+    }
+    if device == "cuda":
+        environment["card"] = {"name": "NVIDIA H100 80GB HBM3"}
+    return {"kind": "about", "device": device, "environment": environment}
+
+
+def verified(
+    op: str, dtype: torch.dtype, precision: str = "", impl: str = "triton", **v: Any
+) -> Row:
+    verdict = _verified.Verdict(True, 16, 0.61, 1.0, sample="M=3", repeats=100, poisoned=True)
+    item = kernels.Item(op, impl, dtype, precision)
+    key = item.key("nvidia-h100").replace(" triton-", " triton-0.")  # that of the machine there
+    return {"kind": "verified", **item.words, **vars(verdict), "key": key, "seconds": 1.0, **v}
+
+
+def sanitized(tool: str, op: str, **values: Any) -> Row:
+    row: Row = {
+        "kind": "sanitizer",
+        "tool": tool,
+        "op": op,
+        "impl": "triton",
+        "kernel": "k.forward",
+    }
+    row |= {"config": "M=16 warps=4", "sample": "M=3", "dtype": "float16", "what": []}
+    return {**row, "ok": True, "errors": 0, **values}
+
+
+def cells(text: str, *first: str) -> list[str]:
+    """The cells behind the first ones of the only such line of a table."""
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    (found,) = [line[len(first) :] for line in lines if line[: len(first)] == list(first)]
+    return found
+
+
+def test_a_page_of_nothing() -> None:
+    rehearsal = [about(device="cpu"), verified("layer_norm", torch.float16)]
+    text = page.page(rehearsal)
+    assert text == page.page([])
+    assert "Nothing has been verified on a GPU yet" in text
+    assert f"{len(kernels.items(None, torch.device('cuda')))} checks wait for a card" in text
+    assert "make gpu" in text
+
+
+def test_a_page_of_kernels() -> None:
+    wrong = {"ok": False, "error": 3.0}
+    found = [
+        about("2026-11-30T10:00:00+00:00"),
+        verified("layer_norm", torch.float16, **wrong),
+        about(),
+        verified("layer_norm", torch.float16),
+        verified("layer_norm", torch.float32, "ieee", **wrong),
+        verified("layer_norm", torch.float32, "tf32", samples=0, ok=False, why="died", raised=True),
+        verified("linear_act", torch.float32, "ieee", "gluon", ok=None, samples=0),
+        verified("linear_act", torch.bfloat16, "", "gluon", poisoned=False),
+    ]
+    text = page.page(found)
+    assert "Nothing has been verified" not in text
+    assert "## NVIDIA H100 80GB HBM3" in text
+    run = ["0123456789ab", "580.65.06", "13.0", "2.11.0", "3.6.0"]
+    assert cells(text, "2026-12-01") == cells(text, "2026-11-30") == run
+    assert cells(text, "layer_norm", "triton") == [
+        "not run",
+        "0.61",
+        "**WRONG**",
+        "**WRONG**",
+        "0 to 16",
+        "100",
+        "yes",
+    ]
+    assert cells(text, "linear_act", "gluon")[:4] == ["0.61", "not run", "none fits", "not run"]
+    assert cells(text, "linear_act", "gluon")[-1] == "no"
+    assert cells(text, "attention", "triton") == ["not run"] * 4 + [""] * 3
+    every = len(kernels.items(None, torch.device("cuda")))
+    assert f"5 of {every} checks done, 2 wrong." in text
+    assert "- layer_norm triton float32 ieee, M=3: error 3.0e+00, budget 1.0e+00" in text
+    assert "- layer_norm triton float32 tf32, M=3: died" in text
+    assert text.count("Not run.") == 3
+
+
+def test_verdicts_of_an_older_source_are_marked() -> None:
+    row = verified("layer_norm", torch.float16)
+    assert page.OLDER not in page.page([about(), row])
+    for part in (-1, -3):  # the source, and vitkern's version
+        words = row["key"].split()
+        words[part] += "0"
+        text = page.page([about(), {**row, "key": " ".join(words)}])
+        assert cells(text, "layer_norm", "triton")[1] == "0.61 †"
+        assert "†: of an older source" in text
+    gone = {**verified("layer_norm", torch.float16), "op": "gone"}
+    assert cells(page.page([about(), gone]), "gone", "triton")[1] == "0.61 †"
+
+
+def test_a_page_of_the_rest() -> None:
+    found = [
+        about(),
+        {"kind": "step", "what": "tests", "ok": True, "why": "exit code 0", "seconds": 93.2},
+        {"kind": "step", "what": "models", "ok": False, "why": "slow", "seconds": 1.0},
+        sanitized("memcheck", "layer_norm"),
+        sanitized("memcheck", "layer_norm", config="M=32 warps=4"),
+        sanitized("racecheck", "layer_norm", ok=False, errors=2, what=["Race reported"]),
+        sanitized("initcheck", "layer_norm", ok=None, why="it hung"),
+        sanitized("memcheck", "PyTorch", errors=1, what=["in cublas"]),
+        {
+            "kind": "sanitizer",
+            "tool": "synccheck",
+            "op": "all",
+            "ok": None,
+            "why": "no such device",
+        },
+        {"kind": "training", "what": "digits", "impl": "vitkern", "dtype": "bfloat16"}
+        | {"losses": [2.0] * 40 + [0.5] * 10, "accuracy": 0.975},
+        {"kind": "training", "what": "digits", "impl": "verdict", "ok": True, "why": "as near"},
+        {"kind": "training", "what": "vit", "impl": "verdict", "ok": False, "why": "a gradient"},
+    ]
+    text = page.page(found)
+    assert "They passed (exit code 0, 93 s)." in text
+    assert cells(text, "layer_norm", "triton", "2 launches, 0 errors") == [
+        "1 launch, 2 errors, **1 failed**",
+        "not run",
+        "not run",
+    ]
+    assert cells(text, "PyTorch", "triton")[0] == "1 launch, 1 error"
+    assert "- racecheck layer_norm triton k.forward: Race reported" in text
+    assert "- synccheck all: no such device" in text
+    assert cells(text, "digits", "vitkern") == ["bfloat16", "50", "0.5000", "97.5 %"]
+    assert "- digits: passed; as near" in text
+    assert "- vit: **failed**; a gradient" in text
+    counted = {**found[1], "tests": {"passed": 90, "failed": 2}, "ok": False}
+    assert "They **failed** (90 passed, 2 failed; exit code 0, 93 s)." in page.page(
+        [about(), counted]
+    )
+
+
+def test_files_are_read(tmp_path: Path) -> None:
+    """As a run leaves them, with a torn line and rows of kinds that nobody here knows."""
+    results, target = tmp_path / "results", tmp_path / "docs" / "verification.md"
+    assert page.write(target, results)
+    assert target.read_text() == page.page([])
+    lines = [about(), verified("layer_norm", torch.float16), {"kind": "config", "key": "m1"}]
+    path = results / "nvidia-h100" / "2026-12-01.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "ver')
+    assert page.write(target, results)
+    assert cells(target.read_text(), "layer_norm", "triton")[1] == "0.61"
+    assert not page.write(target, results)
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    made = page.page(page.recorded())
+    assert page.PAGE.read_text() == made, "make it anew: python -m benchmarks verification"
