@@ -20,12 +20,13 @@ named by VITKERN_TUNED wins, entry by entry, over the tables shipped here. A tab
 process, when a tensor on its card first asks.
 """
 
+import contextlib
 import json
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -195,11 +196,19 @@ def table(device: torch.device) -> Table:
         return found
 
 
-def use(device: torch.device, contents: Table) -> None:
-    """Take `contents` for what was measured on `device`, in this process."""
+@contextlib.contextmanager
+def using(device: torch.device, contents: Table) -> Iterator[None]:
+    """Take `contents` for all that was measured on `device`, within the block."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    before = _tables.get(device)
     _tables[device] = contents
+    try:
+        yield
+    finally:
+        del _tables[device]
+        if before is not None:
+            _tables[device] = before
 
 
 def lookup(

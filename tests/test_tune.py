@@ -53,6 +53,8 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> list[Op]:
     for op in (forward, backward):
         monkeypatch.setitem(REGISTRY, op.name, op)
     monkeypatch.setattr(kernels, "made_up", made_up, raising=False)
+    # Other processes, which know nothing of these ops.
+    monkeypatch.setattr(tune.configs, "tune", lambda *_: None)
     monkeypatch.delenv("VITKERN_TUNED", raising=False)
     return [forward, backward]
 

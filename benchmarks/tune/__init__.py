@@ -1,9 +1,10 @@
-"""The tuner: which implementation of each op is the fastest on this card, as a table for auto.
+"""The tuner: what is the fastest on this card, as a table: launch configs, then implementations.
 
-Every implementation of an op is first held against float64 and then timed, on the samples of real
-models; those of a backward op together with the forward pass that goes before it. Tables are by
-bucket, and the bucket of a sample is asked of `choose` itself: the public function is called, and
-its record says under which name it looked. The table is on disk after every case, so that a run
+The configs of our kernels come first (``configs.py``), so that the implementations are measured
+with those. Every implementation of an op is then held against float64 and timed, on the samples of
+real models; those of a backward op together with the forward pass that goes before it. Tables are
+by bucket, and the bucket of a sample is asked of `choose` itself: the public function is called,
+and its record says under which name it looked. The table is on disk after every case, so that a run
 may end at any time, and the next one goes on where it stopped.
 """
 
@@ -20,10 +21,11 @@ import torch
 from vitkern.kernels import _tuned, _verified
 from vitkern.kernels._op import Choice, Op, dtype_name, record_choices
 
-from . import _ops
-from ._cases import DTYPES, Case, cases, dealt, implementations, public, timed
-from ._contest import Absent, Unfit, failure, held
-from ._measure import Timer, environment
+from .. import _ops
+from .._cases import DTYPES, Case, cases, dealt, implementations, public, timed
+from .._contest import Absent, Log, Unfit, failure, held
+from .._measure import Timer, environment
+from . import configs
 
 # Of a run: what must be the same for its figures to hold.
 SAME = ("gpu", "torch", "triton", "vitkern", "commit")
@@ -45,7 +47,7 @@ class Draft:
         run |= {"gpu": gpu} | {name: about[name] for name in ("date", "commit", "uncommitted")}
         self.path = path
         self.table: dict[str, Any] = {"schema": _tuned.SCHEMA, "gpu": gpu}
-        self.table |= {"runs": [], "entries": [], "verified": {}}
+        self.table |= {"runs": [], "entries": [], "configs": [], "verified": {}}
         if path.exists():
             if _tuned.read(path) is None:
                 raise ValueError(f"--out: {path} holds no table of schema {_tuned.SCHEMA}")
@@ -54,14 +56,32 @@ class Draft:
                 raise ValueError(f"--out: {path} is of {self.table['gpu']}, and this is {gpu}")
         self.runs: list[dict[str, Any]] = self.table["runs"]
         self.entries: list[dict[str, Any]] = self.table["entries"]
+        self.configs: list[dict[str, Any]] = self.table.setdefault("configs", [])
         self.number = len(self.runs)
         self.runs.append(run)
 
     def holds(self, case: Case) -> bool:
         """Whether a run like this one has measured `case`."""
-        now = self.runs[self.number]
         found = (e["cases"][str(case)]["run"] for e in self.entries if str(case) in e["cases"])
-        return any(all(self.runs[run][name] == now[name] for name in SAME) for run in found)
+        return any(map(self._like_this, found))
+
+    def _like_this(self, run: int) -> bool:
+        now = self.runs[self.number]
+        return all(self.runs[run][name] == now[name] for name in SAME)
+
+    def config(self, key: _tuned.Key) -> dict[str, Any] | None:
+        """The launch config that a run like this one has found, by its fields."""
+        words = {"kernel": key[0], "bucket": key[1], "dtype": dtype_name(key[2])}
+        found = [c for c in self.configs if words.items() <= c.items()]
+        return next((c["config"] for c in found if self._like_this(c["run"])), None)
+
+    def add_config(self, key: _tuned.Key, row: dict[str, Any]) -> None:
+        """Write down the launch config that was found, be it the default."""
+        words = {"kernel": key[0], "bucket": key[1], "dtype": dtype_name(key[2])}
+        self.configs[:] = [c for c in self.configs if not words.items() <= c.items()]
+        kept = {name: row[name] for name in ("config", "default", "seconds", "place")}
+        self.configs.append({**words, **kept, "run": self.number})
+        self.save()
 
     def add(self, case: Case, choice: Choice, seconds: dict[str, float]) -> dict[str, Any]:
         """Write down what one case took, and who is the fastest of its bucket now."""
@@ -82,6 +102,12 @@ class Draft:
         card, verdict = _tuned.card(device), _verified.settle(op, impl, dtype, device)
         if card is not None and verdict is not None and not verdict.raised:
             self.table["verified"][_verified.key(op, impl, dtype, card)] = vars(verdict)
+
+    def launch_configs(self) -> _tuned.Table:
+        """The table as launchers read it, and without what `auto` would."""
+        contents = _tuned.read(self.path) if self.path.exists() else None
+        found = {} if contents is None else contents.configs
+        return _tuned.Table(configs=found)
 
     def save(self) -> None:
         """Replace the file."""
@@ -144,29 +170,67 @@ def tune_case(case: Case, draft: Draft, timer: Timer, fail: Callable[[str, Any],
     return f"{_tuned.in_words(seconds)}; {entry['implementation']} for {entry['bucket']}"
 
 
-def main(minutes: float, ops: list[Op], out: Path | None, device: torch.device, again: bool) -> int:
-    """Tune until done or out of time; 0 if everything was right, 1 if not, 2 without a GPU."""
+def main(
+    minutes: float,
+    ops: list[Op],
+    out: Path | None,
+    device: torch.device,
+    again: bool,
+    log: Path | None = None,
+    share: float = 0.6,
+    processes: int | None = None,
+) -> int:
+    """Tune until done or out of time; 0 if everything was right, 1 if not, 2 without a GPU.
+
+    log: a results file, for what each launch config took; beside the table if None. share: of the
+    time, at most, for launch configs. processes: that compile these; two less than there are cores
+    if None.
+    """
     cuda = device.type == "cuda"
     if cuda and not torch.cuda.is_available():
         print("error: no CUDA GPU here, and this command measures one", file=sys.stderr)
         return 2
     if minutes <= 0:
         raise ValueError(f"--minutes: must be above 0, got {minutes}")
-    end = time.monotonic() + 60 * minutes
+    begun = time.monotonic()
+    end = begun + 60 * minutes
     if out is None:
         name = f"{_tuned.card(device) or device.type}.json"
         out = (_tuned.FOLDER if cuda else Path("build/tuned")) / name
-    draft, timer, failed = Draft(out, device), Timer(device), []
+    draft, failed = Draft(out, device), []
 
     def fail(what: str, verdict: Any) -> None:
         failed.append(what)
         print(f"FAILED {what}: {json.dumps(verdict)}", flush=True)
 
+    if share > 0:
+        rows = Log(log or out.with_suffix(".jsonl"))
+        try:
+            until = begun + 60 * minutes * share
+            configs.tune(draft, ops, device, until, again, rows.add, fail, processes)
+        finally:
+            rows.close()
+    with _tuned.using(device, draft.launch_configs()):
+        tune_implementations(draft, ops, device, end, again, fail)
+    return 1 if failed else 0
+
+
+def tune_implementations(
+    draft: Draft,
+    ops: list[Op],
+    device: torch.device,
+    end: float,
+    again: bool,
+    fail: Callable[[str, Any], None],
+) -> None:
+    """Fill the table's entries until done or until `end`, by time.monotonic."""
+    cuda, timer = device.type == "cuda", Timer(device)
     size, dtypes = ("vit", DTYPES) if cuda else ("tiny", (torch.float32,))
     # Dtype by dtype, and every op's first sample first: a run may be cut off.
     every = [case for dtype in dtypes for case in dealt(cases(ops, [size], [dtype]))]
     todo = [case for case in every if again or not draft.holds(case)]
-    print(f"{out}: {len(every)} cases, {len(every) - len(todo)} measured before; {timer.policy}")
+    print(f"{draft.path}: {len(every)} cases, {len(every) - len(todo)} measured before")
+    print(timer.policy)
     for n, case in enumerate(todo):
         if time.monotonic() > end:
             print(f"out of time: {len(todo) - n} cases are left for the next run")
@@ -177,4 +241,3 @@ def main(minutes: float, ops: list[Op], out: Path | None, device: torch.device, 
             fail(str(case), failure(problem))
         if cuda:
             torch.cuda.empty_cache()
-    return 1 if failed else 0

@@ -1,0 +1,392 @@
+"""The tuner's first stage: which launch config of each kernel is the fastest on this card.
+
+A launcher's question, its default and its alternatives come from the launcher itself
+(``kernels/_configs.py``); where it is asked, from ``places.py``. Alternatives are compiled ahead by
+many processes without a GPU, into the cache that Triton reads when a kernel is launched; what
+spills registers or needs more shared memory than there is takes no further part. The others run in
+one process that has the GPU: each is held against float64 on the call's own arguments, timed
+shortly, and properly if it is not far behind; at last the best and the default, and the default
+again, are timed in turns. An alternative that crashes that process, or hangs, is left out, and the
+next one finds a new process. What is found is on disk before the next kernel's turn.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as OutOfTime
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vitkern.kernels import _launch
+from vitkern.kernels._configs import override
+from vitkern.kernels._error_budget import as_tuple, in_float64, parity
+from vitkern.kernels._op import Op, dtype_name
+from vitkern.kernels._tuned import Key
+
+from .._measure import Stats, Timer
+from .places import Place, looked_at, of_samples, of_training
+from .workers import Died, Raised, Worker
+
+if TYPE_CHECKING:
+    from . import Draft
+
+Row = dict[str, Any]
+Configs = Mapping[Key, Any]
+
+SLOWER = 1.2  # times the default's seconds: what short timings show as far behind
+WIN = 0.02  # of the seconds; a smaller gain isn't worth an entry
+TIMEOUT = 60.0  # seconds for one question, the first of which makes arguments and a reference
+COMPILE_TIMEOUT = 180.0
+LOST = 4  # processes in a row that ended: then the GPU, or all of it, is broken
+
+
+def describe(device: str) -> tuple[tuple[int, int], int]:
+    """(compute capability, multiprocessors) of the card that configs are made for."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.empty(1, device=where)
+        where = torch.device("cuda", torch.cuda.current_device())
+    return _launch.capability(where), _launch.sm_count(where)
+
+
+def compiled(
+    place: Place, target: tuple[int, int], processors: int, key: Key, config: Any
+) -> list[str]:
+    """Compile a kernel with this config for a card that isn't needed; why it is of no use."""
+    from .. import _offline
+
+    arch = 10 * target[0] + target[1]
+    processor = _offline.MULTIPROCESSORS.get(arch)
+    if processor is None:
+        return []
+    problems: list[str] = []
+    for question, launches in looked_at(place, target, processors, {key: config}):
+        if question.key != key:
+            continue
+        for launch in launches:
+            row = _offline.compile_job(_offline.make_job(place.case(), launch, arch))
+            if "error" in row:
+                problems.append(row["error"])
+            elif row["spill_bytes"]:
+                problems.append(f"spills {row['spill_bytes']} bytes")
+            elif row["shared_bytes"] > processor.shared_limit:
+                problems.append(f"shared memory: {row['shared_bytes']} bytes")
+    return problems
+
+
+class Bench:
+    """One call, its arguments, and what it should return; in the process that has the GPU."""
+
+    def __init__(self, place: Place, device: torch.device, timer: Timer) -> None:
+        self.place, self.timer = place, timer
+        case = place.case()
+        with torch.no_grad():
+            self.arguments = case.sample.make(device, case.dtype)
+            self.eager = as_tuple(case.op.portable(**self.arguments))
+            self.exact = as_tuple(case.op.reference(**in_float64(self.arguments)))
+
+    def run(self, configs: Configs) -> tuple[Tensor, ...]:
+        """The call, with these configs."""
+        with torch.no_grad(), override(configs):
+            return as_tuple(self.place.launcher()(**self.arguments))
+
+
+_timers: dict[torch.device, Timer] = {}
+_bench: Bench | None = None
+
+
+def bench(place: Place, device: str) -> Bench:
+    """The bench of a call; one is kept at a time."""
+    global _bench
+    where = torch.device(device)
+    if where not in _timers:
+        _timers[where] = Timer(where)
+    if _bench is None or replace(_bench.place, impl=place.impl) != place:
+        _bench = None  # so that its memory is free
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+        _bench = Bench(place, where, _timers[where])
+    _bench.place = place
+    return _bench
+
+
+def measure(place: Place, device: str, configs: Configs, limit: float) -> Row:
+    """Check the call with these configs and time it; {"ok", "seconds"} or {"ok", "why"}.
+
+    limit: seconds above which three timings will do, as "short". An answer with "lost" is the last
+    of this process: the GPU doesn't answer it any more.
+    """
+    on = bench(place, device)
+    try:
+        verdict = parity(on.run(configs), on.eager, on.exact)
+        if not verdict["ok"]:
+            return {"ok": False, "why": verdict.get("why") or _exceeded(verdict)}
+        call = partial(on.run, configs)
+        quick = Stats.of(on.timer.samples(call, 3)).median
+        if quick > limit:
+            return {"ok": True, "seconds": quick, "short": True}
+        return {"ok": True, "seconds": on.timer(call, 0.03, 5, 50).median}
+    except Exception as problem:
+        row: Row = {"ok": False, "why": f"{type(problem).__name__}: {problem}"[:300]}
+        try:
+            if on.timer.device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception:
+            row["lost"] = True
+        return row
+
+
+def _exceeded(verdict: Row) -> str:
+    return f"error {verdict['error']:.1e}, budget {verdict['budget']:.1e}"
+
+
+def compare(place: Place, device: str, default: Configs, best: Configs) -> dict[str, float]:
+    """Seconds of the default, of the default again and of the best, timed in turns."""
+    on = bench(place, device)
+    calls = {"default": default, "again": default, "config": best}
+    runs = {name: partial(on.run, configs) for name, configs in calls.items()}
+    times = on.timer.in_turns(runs, 0.06, 7, 60, ahead=True)
+    return {name: Stats.of(seconds).median for name, seconds in times.items()}
+
+
+@dataclass
+class Tuner:
+    """One run: what is asked of whom, and what was found.
+
+    fail: hears of what is wrong. end: when to begin nothing new, by time.monotonic.
+    """
+
+    draft: "Draft"
+    device: str
+    end: float
+    worker: Worker
+    compiler: "Compiler"
+    add: Callable[[Row], None]
+    fail: Callable[[str, Any], None]
+    target: tuple[int, int] = (0, 0)
+    processors: int = 0
+    lost: int = 0
+    chosen: dict[Key, Any] = field(default_factory=dict)
+
+    def late(self) -> bool:
+        """Whether time is up, or there is no GPU left to ask."""
+        return time.monotonic() > self.end or self.lost >= LOST
+
+    def ask(self, function: Callable[..., Row], *arguments: Any) -> Row:
+        """An answer of the process that has the GPU, whatever becomes of it."""
+        try:
+            row = self.worker.ask(function, *arguments, timeout=TIMEOUT)
+        except Died as problem:
+            self.lost += 1
+            return {"ok": False, "why": str(problem)}
+        except Raised as problem:
+            return {"ok": False, "why": str(problem)}
+        if row.get("lost"):
+            self.worker.close()
+            self.lost += 1
+        else:
+            self.lost = 0
+        return row
+
+    def questions(self, places: Iterable[Place], again: bool) -> "Iterator[Question]":
+        """What is still to be found out there, each only where it is asked first."""
+        for place in places:
+            try:
+                asked = looked_at(place, self.target, self.processors, {})
+            except Exception as problem:
+                self.fail(str(place), {"why": f"{type(problem).__name__}: {problem}"[:300]})
+                continue
+            beside = [question.key for question, _ in asked]
+            for question, _ in asked:
+                key, default = question.key, question.default
+                if key in self.chosen:
+                    continue
+                found = None if again else self.draft.config(key)
+                try:
+                    self.chosen[key] = default if found is None else type(default)(**found)
+                except TypeError:  # of another make
+                    found, self.chosen[key] = None, default
+                others = [c for c in dict.fromkeys(question.candidates()) if c != default]
+                if others and found is None:
+                    yield Question(place, beside, key, default, others, self.compiler)
+
+    def answer(self, question: "Question") -> Row:
+        """Find the fastest config for one question."""
+        key, default = question.key, question.default
+        here = partial(self.ask, measure, question.place, self.device)
+        # Whatever a table says, the other kernels of the call are launched as they are best known.
+        base = {other: self.chosen[other] for other in question.beside}
+        row: Row = {"kind": "config", "kernel": key[0], "bucket": key[1]}
+        row |= {"dtype": dtype_name(key[2]), "place": str(question.place)}
+        row |= {"default": asdict(default), "candidates": []}
+        first = here({**base, key: default}, float("inf"))
+        row["candidates"].append({"config": asdict(default), **first})
+        if not first["ok"]:
+            return {**row, "why": f"the default: {first['why']}"}
+        best, least = default, first["seconds"]
+        for config, future in question.compiled.items():
+            if self.late():
+                return {**row, "why": "out of time"}
+            problems = self.problems_of(future)
+            if problems:
+                found: Row = {"ok": None, "why": problems[0][:200]}
+            else:
+                found = here({**base, key: config}, SLOWER * first["seconds"])
+            row["candidates"].append({"config": asdict(config), **found})
+            if found["ok"] and found["seconds"] < least:
+                best, least = config, found["seconds"]
+        if best == default:
+            return {**row, "config": asdict(default), "seconds": {"default": first["seconds"]}}
+        both = ({**base, key: default}, {**base, key: best})
+        seconds = self.ask(compare, question.place, self.device, *both)
+        if "why" in seconds:
+            return {**row, "why": seconds["why"]}
+        noise = abs(seconds["again"] / seconds["default"] - 1)
+        if 1 - seconds["config"] / seconds["default"] <= max(WIN, noise):
+            best = default
+        self.chosen[key] = best
+        return {**row, "config": asdict(best), "seconds": seconds}
+
+    def problems_of(self, future: "Future[list[str]]") -> list[str]:
+        """Why a config is of no use, from who compiled it; a compiler that died is a reason."""
+        try:
+            return future.result(max(0.1, self.end - time.monotonic()))
+        except OutOfTime:
+            return ["not compiled in time"]
+        except (Died, Raised) as problem:
+            return [f"the compiler: {problem}"]
+
+    def work(self, places: Iterable[Place], again: bool) -> int:
+        """Answer all questions, in order, until time is up; how many were left."""
+        todo = list(self.questions(places, again))
+        for question in todo:
+            question.compile(self.target, self.processors)
+        for number, question in enumerate(todo):
+            if self.late():
+                return len(todo) - number
+            try:
+                row = self.answer(question)
+            except Exception as problem:  # one question must not end the run
+                row = {"kind": "config", "kernel": question.key[0], "bucket": question.key[1]}
+                row |= {"candidates": [], "why": f"{type(problem).__name__}: {problem}"[:300]}
+            self.add(row)
+            name = f"{row['kernel']} {row['bucket']}"
+            for tried in row["candidates"]:
+                if tried["ok"] is False:
+                    self.fail(name, tried)
+            if "config" in row:
+                self.draft.add_config(question.key, row)
+            print(f"{name}: {in_words(row)}", flush=True)
+        return 0
+
+
+@dataclass
+class Question:
+    """One key: where it is asked, the default, and the alternatives, as they are compiled.
+
+    beside: all keys of that call.
+    """
+
+    place: Place
+    beside: list[Key]
+    key: Key
+    default: Any
+    others: list[Any]
+    compiler: "Compiler"
+    compiled: "dict[Any, Future[list[str]]]" = field(default_factory=dict)
+
+    def compile(self, target: tuple[int, int], processors: int) -> None:
+        """Have all of them compiled, in the order in which they are asked for."""
+        for config in [self.default, *self.others]:
+            future = self.compiler.submit(self.place, target, processors, self.key, config)
+            if config != self.default:
+                self.compiled[config] = future
+
+
+class Compiler:
+    """Processes without a GPU, each behind a thread, that compile what is submitted, in order."""
+
+    def __init__(self, processes: int) -> None:
+        # A compiler compiles, whatever this process does with kernels, and leaves the GPU alone.
+        variables = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self.workers = [Worker(variables) for _ in range(processes)]
+        self.idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self.workers:
+            self.idle.put(worker)
+        self.threads = ThreadPoolExecutor(processes)
+
+    def submit(self, *arguments: Any) -> "Future[list[str]]":
+        """Have `compiled` called with these arguments."""
+        return self.threads.submit(self._run, *arguments)
+
+    def _run(self, *arguments: Any) -> list[str]:
+        worker = self.idle.get()
+        try:
+            return worker.ask(compiled, *arguments, timeout=COMPILE_TIMEOUT)
+        finally:
+            self.idle.put(worker)
+
+    def close(self) -> None:
+        """End the processes; what was not begun is dropped."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self.workers:
+            worker.close()
+
+
+def in_words(row: Row) -> str:
+    """ "-12.3 %, BlockConfig...": what one row says."""
+    if "config" not in row:
+        return row["why"]
+    tried = [c for c in row["candidates"] if c.get("seconds")]
+    names = [k for k, v in row["config"].items() if v != row["default"][k]]
+    change = ", ".join(f"{k} {row['default'][k]} -> {row['config'][k]}" for k in names)
+    seconds = row["seconds"]
+    text = f"{1e6 * seconds['default']:.4g} us, {len(tried)} of {len(row['candidates'])} timed"
+    if not names:
+        return f"{text}: the default stays"
+    return f"{text}: {100 * (seconds['config'] / seconds['default'] - 1):+.1f} % by {change}"
+
+
+def tune(
+    draft: "Draft",
+    ops: list[Op],
+    device: torch.device,
+    end: float,
+    again: bool,
+    add: Callable[[Row], None],
+    fail: Callable[[str, Any], None],
+    processes: int | None = None,
+) -> None:
+    """Fill the table's configs until done or until `end`, by time.monotonic."""
+    cuda = device.type == "cuda"
+    processes = processes or max(1, (os.cpu_count() or 2) - 2)
+    with ExitStack() as stack:
+        worker = Worker({} if cuda else {"TRITON_INTERPRET": "1"})
+        stack.callback(worker.close)
+        compiler = Compiler(processes)
+        stack.callback(compiler.close)
+        tuner = Tuner(draft, str(device), end, worker, compiler, add, fail)
+        try:
+            tuner.target, tuner.processors = worker.ask(describe, str(device), timeout=TIMEOUT)
+        except (Died, Raised) as problem:
+            fail("configs", {"why": f"no process with this device: {problem}"})
+            return
+        if cuda:
+            stages = [of_training(ops), of_samples(ops, "vit", [torch.bfloat16])]
+            stages += [of_samples(ops, "vit", [dtype]) for dtype in (torch.float16, torch.float32)]
+        else:
+            stages = [of_samples(ops, "tiny", [torch.float32])]
+        for places in stages:
+            left = tuner.work(places, again)
+            if tuner.lost >= LOST:
+                fail("configs", {"why": f"{LOST} processes in a row were lost"})
+            if tuner.late():
+                print(f"launch configs: stopped, {left} questions of this stage are left")
+                return
