@@ -88,10 +88,9 @@ class Verdict:
         return self.why or f"error {self.error:.1e}, budget {self.budget:.1e}"
 
 
-def samples(op: "Op", dtype: torch.dtype) -> "list[Sample]":
+def samples(op: "Op", dtype: torch.dtype, size: str = "tiny") -> "list[Sample]":
     """The op's samples for checks in `dtype`."""
-    tiny = op.samples("tiny")
-    return [s for s in tiny if s.dtypes is None or dtype in s.dtypes]
+    return [s for s in op.samples(size) if s.dtypes is None or dtype in s.dtypes]
 
 
 def smallest(op: "Op", dtype: torch.dtype) -> "list[Sample]":

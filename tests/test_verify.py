@@ -25,6 +25,7 @@ from vitkern.kernels._op import Op
 
 CPU = torch.device("cpu")
 LAYER_NORM = REGISTRY["layer_norm"]
+FED = "VITKERN_TEST_FED"  # a file that is there once memory has run out
 OPS = ["layer_norm", "layer_norm_backward", "add_layer_norm"]
 Row = dict[str, Any]
 
@@ -53,6 +54,13 @@ def serve_faulty(pipe: Any, device: torch.device, repeats: int) -> None:
         lost.append(True)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    def starves_at_first(y: Tensor) -> Tensor:
+        if not fed.exists():
+            fed.touch()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return y
+
+    fed = Path(os.environ[FED])
     kernels.healthy = lambda device: not lost
     faults = {
         ("layer_norm", torch.float16): unwritten,
@@ -60,6 +68,7 @@ def serve_faulty(pipe: Any, device: torch.device, repeats: int) -> None:
         ("layer_norm_backward", torch.float16): dies,
         ("layer_norm_backward", torch.float32): hangs,
         ("add_layer_norm", torch.float16): loses_the_gpu,
+        ("add_layer_norm", torch.float32): starves_at_first,
     }
 
     def planted(op: Op) -> Callable[..., Any]:
@@ -114,11 +123,18 @@ def test_interpreted_kernels_end_to_end(tmp_path: Path, capsys: Any) -> None:
     assert not kernels.settled(tmp_path / "results.jsonl", 3)
 
 
-def test_a_fault_costs_one_item(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.slow
+def test_a_fault_costs_one_item(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FED, str(tmp_path / "fed"))
     options: Row = {"ops": OPS, "repeats": 40, "processes": 3, "patience": 3.0}
     assert check(tmp_path, serve=serve_faulty, **options) == 1
     found = {(row["op"], row["dtype"]): row for row in rows(tmp_path / "results.jsonl")}
-    assert len(found) == len(rows(tmp_path / "results.jsonl")) == 6
+    assert len(found) == 6
+    (starved,) = [r for r in rows(tmp_path / "results.jsonl") if r not in found.values()]
+    assert (starved["op"], starved["dtype"]) == ("add_layer_norm", "float32")
+    assert (starved["ok"], starved["why"]) == (None, kernels.NO_MEMORY)
     wrong = {name: row["why"] for name, row in found.items() if not row["ok"]}
     unsteady = wrong.pop(("layer_norm", "float32"))
     assert "call 37 of 40 with equal arguments differs in " in unsteady
@@ -135,13 +151,13 @@ def test_a_fault_costs_one_item(tmp_path: Path, capsys: Any) -> None:
     out = capsys.readouterr().out
     assert "6 of 6 checked on cpu, 5 wrong" in out
     first = next(iter(LAYER_NORM.samples("tiny"))).label
-    assert f"layer_norm triton float16: WRONG: output 0 is not finite [{first}]" in out
+    assert f"layer_norm triton float16 tiny: WRONG: output 0 is not finite [{first}]" in out
 
     # Verdicts are what came to an end; the rest is tried again.
     table = json.loads((tmp_path / "tuned.json").read_text())["verified"]
     assert sorted(verdict["ok"] for verdict in table.values()) == [False, False, True]
     settled = kernels.settled(tmp_path / "results.jsonl", 40)
-    assert {key for key, _ in settled} == set(table)
+    assert {key for key, *_ in settled} == set(table)
 
 
 def test_time_runs_out(tmp_path: Path, capsys: Any) -> None:
@@ -159,13 +175,16 @@ def test_a_verdict_on_one_precision_is_none_on_both() -> None:
     verdict = {**vars(_verified.Verdict(True, 3, 0.5, 1.0)), "dtype": "float32"}
     tf32 = {**vars(_verified.Verdict(True, 3, 0.9, 1.0)), "dtype": "float32"}
     wrong = {**vars(_verified.Verdict(False, 3, 1.9, 1.0)), "dtype": "float32"}
-    assert kernels.verdicts({("k", "ieee"): verdict}, gpu) == {}
-    both = kernels.verdicts({("k", "ieee"): verdict, ("k", "tf32"): tf32}, gpu)
-    assert both["k"].ratio == 0.9
-    assert not kernels.verdicts({("k", "ieee"): wrong}, gpu)["k"].ok
-    half = {("h", ""): {**verdict, "dtype": "float16"}}
-    assert kernels.verdicts(half, gpu)["h"].ok
-    assert kernels.verdicts({("h", ""): {**half["h", ""], "ok": None}}, gpu) == {}
+    ieee: Row = {**verdict, "precision": "ieee"}
+    found = {("k", "ieee", "tiny"): ieee, ("k", "ieee", "vit"): ieee}
+    assert kernels.verdicts(found, gpu) == {}
+    found["k", "tf32", "tiny"] = {**tf32, "precision": "tf32"}
+    assert kernels.verdicts(found, gpu)["k"].ratio == 0.9
+    found = {("k", "ieee", "vit"): {**wrong, "precision": "ieee"}}
+    assert not kernels.verdicts(found, gpu)["k"].ok
+    half: Row = {**verdict, "dtype": "float16", "precision": ""}
+    assert kernels.verdicts({("h", "", "tiny"): half}, gpu)["h"].ok
+    assert kernels.verdicts({("h", "", "tiny"): {**half, "ok": None}}, gpu) == {}
 
 
 def test_all_that_a_gpu_has_to_show() -> None:
@@ -179,6 +198,9 @@ def test_all_that_a_gpu_has_to_show() -> None:
         (torch.float32, "ieee"),
         (torch.float32, "tf32"),
     }
+    both = kernels.items(None, torch.device("cuda"), ["tiny", "vit"])
+    assert both[: len(every)] == every
+    assert {item.op for item in both[len(every) :]} == {item.op for item in every}
 
 
 def test_errors(tmp_path: Path, capsys: Any) -> None:
@@ -190,6 +212,8 @@ def test_errors(tmp_path: Path, capsys: Any) -> None:
         options: Row = {name: 0}
         with pytest.raises(ValueError, match=f"--{name}: must be above 0, got 0"):
             kernels.main(results, None, CPU, **options)
+    with pytest.raises(ValueError, match="--sizes: expected some of tiny, vit, got 'large'"):
+        kernels.main(results, None, CPU, sizes=["tiny", "large"])
     with pytest.raises(ValueError, match="unknown op 'nothing'"):
         kernels.main(results, None, CPU, ops=["nothing"])
     with pytest.raises(ValueError, match="at least one op that has a kernel"):
@@ -285,10 +309,23 @@ def test_a_page_of_kernels() -> None:
     assert cells(text, "linear_act", "gluon")[-1] == "no"
     assert cells(text, "attention", "triton") == ["not run"] * 4 + [""] * 3
     every = len(kernels.items(None, torch.device("cuda")))
-    assert f"5 of {every} checks done, 2 wrong." in text
+    assert f"Small samples: 5 of {every} checks done, 2 wrong." in text
+    assert "Samples of the sizes of real models: 0 of " in text
     assert "- layer_norm triton float32 ieee, M=3: error 3.0e+00, budget 1.0e+00" in text
     assert "- layer_norm triton float32 tf32, M=3: died" in text
     assert text.count("Not run.") == 3
+
+
+def test_a_page_of_samples_of_real_models() -> None:
+    starved = {"ok": None, "raised": True, "why": kernels.NO_MEMORY, "size": "vit"}
+    found = [
+        about(),
+        verified("attention", torch.bfloat16, size="vit", error=0.9),
+        verified("attention", torch.float16, **starved),
+    ]
+    text = page.page(found)
+    assert "Small samples: 0 of " in text
+    assert cells(text, "attention", "triton") == ["0.90", *["not run"] * 3, "16", "100", "yes"]
 
 
 def test_verdicts_of_an_older_source_are_marked() -> None:

@@ -1,10 +1,13 @@
 """Every kernel checked thoroughly on a GPU, in several processes, each verdict on disk at once.
 
-What is checked, `_verified.check` says: all small samples, memory filled with NaN, each call many
-times, float32 under IEEE and under TF32. An item of work is one kernel of one op in one dtype and
-precision. Compiling takes most of the time, so as many workers as there are cores take items. A
-worker that dies, or says nothing for too long, costs the item that it was at; the next item gets a
-new one. So does one whose GPU doesn't answer any more, as after an illegal access.
+What is checked, `_verified.check` says: memory filled with NaN, each call many times, float32 under
+IEEE and under TF32; on all small samples and, if wanted, on those of real models, whose launches
+fill a card, so that a race has every chance to show.
+
+An item of work is one kernel of one op in one dtype, precision and size of samples. Compiling takes
+most of the time, so as many workers as there are cores take items. A worker that dies, or says
+nothing for too long, costs the item that it was at; the next item gets a new one. So does one whose
+GPU doesn't answer any more, as after an illegal access. What lacks memory waits for fewer workers.
 
 A run goes on where another of the same sources stopped. At the end the verdicts go where `auto`
 finds them: into a table of ``_tuned.py``, and into this machine's cache.
@@ -15,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import connection, get_context
@@ -43,18 +46,29 @@ PATIENCE = 120.0
 # Beyond that many processes, they only wait for the GPU.
 MOST_PROCESSES = 14
 
+# The small ones first: they are the verdict that counts, and take little memory.
+SIZES = ("tiny", "vit")
+
+# In the words of PyTorch's allocator, the driver and cuBLAS.
+SIGNS_OF_NO_MEMORY = ("OutOfMemoryError", "out of memory", "STATUS_ALLOC_FAILED")
+NO_MEMORY = "not enough memory beside the other processes"
+
 
 @dataclass(frozen=True)
 class Item:
-    """One kernel of one op in one dtype and precision; `precision` as in `_verified.check`."""
+    """One kernel of one op in one dtype and precision, on samples of one size.
+
+    precision: as in `_verified.check`. size: of SIZES.
+    """
 
     op: str
     impl: str
     dtype: torch.dtype
     precision: str
+    size: str = SIZES[0]
 
     def __str__(self) -> str:
-        return f"{self.op} {self.impl} {dtype_name(self.dtype)} {self.precision}".rstrip()
+        return " ".join(word for word in self.words.values() if word)
 
     @property
     def words(self) -> Row:
@@ -68,18 +82,24 @@ class Item:
     @property
     def samples(self) -> list[Sample]:
         """Those it is checked on."""
-        return _verified.samples(REGISTRY[self.op], self.dtype)
+        return _verified.samples(REGISTRY[self.op], self.dtype, self.size)
 
 
-def items(ops: Iterable[str] | None, device: torch.device) -> list[Item]:
-    """All there is to check, dtype by dtype, what takes longest first.
+def items(
+    ops: Iterable[str] | None, device: torch.device, sizes: Sequence[str] = SIZES[:1]
+) -> list[Item]:
+    """All there is to check, size by size, dtype by dtype, what takes longest first.
 
     Raises:
-        ValueError: an unknown op, or none that has a kernel.
+        ValueError: an unknown op or size, or no op that has a kernel.
     """
+    for size in sizes:
+        if size not in SIZES:
+            raise ValueError(f"--sizes: expected some of {', '.join(SIZES)}, got {size!r}")
     dtypes = [d for d in DTYPES if device.type == "cuda" or d != torch.bfloat16]
     found = [
-        Item(op.name, impl, dtype, precision)
+        Item(op.name, impl, dtype, precision, size)
+        for size in sizes
         for dtype in dtypes
         for op in choose_ops(ops)
         for impl in _verified.kernels(op, device)
@@ -87,7 +107,11 @@ def items(ops: Iterable[str] | None, device: torch.device) -> list[Item]:
     ]
     if not found:
         raise ValueError("--op: expected at least one op that has a kernel")
-    return sorted(found, key=lambda item: (dtypes.index(item.dtype), -len(item.samples)))
+
+    def place(item: Item) -> tuple[int, int, int]:
+        return SIZES.index(item.size), dtypes.index(item.dtype), -len(item.samples)
+
+    return sorted((item for item in found if item.samples), key=place)
 
 
 # In a worker.
@@ -120,7 +144,10 @@ def examine(item: Item, device: torch.device, repeats: int, tell: Callable[[str]
     except _verified.Unfit:
         return {**asdict(Verdict(True, 0)), "ok": None, "why": "it fits none of the samples here"}
     except Exception as problem:
-        return failed(f"{type(problem).__name__}: {problem}"[:500], at)
+        why = f"{type(problem).__name__}: {problem}"[:500]
+        verdict = Verdict(False, 0, why=why, raised=True, sample=at)
+    if verdict.raised and any(sign in verdict.why for sign in SIGNS_OF_NO_MEMORY):
+        return {**failed(NO_MEMORY, at), "ok": None}
     return asdict(verdict)
 
 
@@ -149,6 +176,8 @@ def serve(pipe: Any, device: torch.device, repeats: int) -> None:
         except EOFError:  # the parent is gone
             return
         found = examine(item, device, repeats, pipe.send)
+        if device.type == "cuda" and healthy(device):
+            torch.cuda.empty_cache()  # the other processes need it
         well = healthy(device)
         pipe.send(found)
         if not well:
@@ -243,24 +272,27 @@ def run(
             worker.end()
 
 
-def settled(path: Path, repeats: int) -> dict[tuple[str, str], Row]:
-    """By key and precision, the rows in a results file that needn't be made again.
+Name = tuple[str, str, str]  # the key of a verdict, the precision, the size of samples
+
+
+def settled(path: Path, repeats: int) -> dict[Name, Row]:
+    """The rows in a results file that needn't be made again.
 
     Raises:
         ValueError: it is no results file.
     """
     rows = _report.read(path).of("verified") if path.exists() and path.stat().st_size else []
     return {
-        (row["key"], row["precision"]): row
+        (row["key"], row["precision"], row["size"]): row
         for row in rows
         if not row["raised"] and (row["ok"] is None or row["repeats"] >= repeats)
     }
 
 
-def verdicts(found: dict[tuple[str, str], Row], device: torch.device) -> dict[str, Verdict]:
-    """By key, what holds for all precisions; nothing where one of several is open."""
+def verdicts(found: dict[Name, Row], device: torch.device) -> dict[str, Verdict]:
+    """By key, what holds for all precisions and sizes; none where a precision is open."""
     grouped: dict[str, list[Row]] = {}
-    for (key, _), row in found.items():
+    for (key, *_), row in found.items():
         if row["ok"] is not None and not row["raised"]:
             grouped.setdefault(key, []).append(row)
     made = {}
@@ -268,7 +300,7 @@ def verdicts(found: dict[tuple[str, str], Row], device: torch.device) -> dict[st
         names = [field.name for field in fields(Verdict)]
         worst = _verified.worst(Verdict(**{n: row[n] for n in names}) for row in rows)
         wanted = _verified.precisions(_tuned.dtype_of(rows[0]["dtype"]), device)
-        if not worst.ok or len(rows) == len(wanted):
+        if not worst.ok or len({row["precision"] for row in rows}) == len(wanted):
             made[key] = worst
     return made
 
@@ -324,6 +356,7 @@ def main(
     repeats: int = 100,
     minutes: float | None = None,
     processes: int | None = None,
+    sizes: Sequence[str] = SIZES[:1],
     patience: float = PATIENCE,
     serve: Serve = serve,
     clock: Clock = time.monotonic,
@@ -334,6 +367,7 @@ def main(
         results: rows are appended there. table: of ``_tuned.py``, for the verdicts.
         ops: names; all for None. repeats: of each call. minutes: what is unfinished by then is left
             for the next run. device: "cpu" is a rehearsal in Triton's interpreter.
+        sizes: of samples: "tiny", and "vit" for the sizes of real models.
         patience: seconds without a word after which a worker is taken to hang.
 
     Raises:
@@ -349,8 +383,8 @@ def main(
     if cuda and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     start, card = clock(), _tuned.card(device) or device.type
-    every, before = items(ops, device), settled(results, repeats)
-    names = {item: (item.key(card), item.precision) for item in every}
+    every, before = items(ops, device, sizes), settled(results, repeats)
+    names = {item: (item.key(card), item.precision, item.size) for item in every}
     todo = [item for item in every if names[item] not in before]
     found = {names[item]: before[names[item]] for item in every if names[item] in before}
     processes = min(processes or min(MOST_PROCESSES, (os.cpu_count() or 2) - 2), len(todo)) or 1
@@ -368,14 +402,23 @@ def main(
     def new() -> Worker:
         return Worker(serve, device, repeats, clock)
 
+    def check(some: list[Item], processes: int) -> list[Item]:
+        """Which of them lacked memory."""
+        starved = []
+        for item, verdict in run(some, new, processes, patience, late):
+            row = {"kind": "verified", **item.words, **verdict, "key": names[item][0]}
+            row |= {name: about[name] for name in ("commit", "uncommitted", "date")}
+            log.add(row)
+            found[names[item]] = row
+            print(f"[{len(found)}/{len(every)}] {item}: {in_words(row)}", flush=True)
+            if row["why"] == NO_MEMORY:
+                starved.append(item)
+        return starved
+
     try:
         with interpreted(not cuda):
-            for item, verdict in run(todo, new, processes, patience, late):
-                row = {"kind": "verified", **item.words, **verdict, "key": names[item][0]}
-                row |= {name: about[name] for name in ("commit", "uncommitted", "date")}
-                log.add(row)
-                found[names[item]] = row
-                print(f"[{len(found)}/{len(every)}] {item}: {in_words(row)}", flush=True)
+            for number in (processes, processes // 4 or 1, 1):
+                todo = check(todo, number)
     finally:
         log.close()
         kept = verdicts(found, device)

@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "verification.md"
 
 # What tells rows of a kind apart.
 KEYS = {
-    "verified": ("op", "impl", "dtype", "precision"),
+    "verified": ("op", "impl", "dtype", "precision", "size"),
     "sanitizer": ("tool", "op", "impl", "kernel", "config", "sample", "dtype"),
     "step": ("what",),
     "training": ("what", "impl", "dtype"),
@@ -40,6 +40,7 @@ COLUMNS = {
     "float32, IEEE": ("float32", "ieee"),
     "float32, TF32": ("float32", "tf32"),
 }
+SAMPLES = {"tiny": "Small samples", "vit": "Samples of the sizes of real models"}
 OLDER = "†"
 NOT_RUN = "not run"
 LAST = 10  # losses whose mean stands for the end of a curve
@@ -51,12 +52,12 @@ Made by `python -m benchmarks verification` of the results kept in `benchmarks/r
 """
 
 HOW = """\
-**Kernels.** On all small samples of an op, of odd sizes and with its options, a kernel's error
-against float64 is at most twice that of eager PyTorch in the same dtype. All memory that the kernel
-gets is filled with NaN before, so that an element which nobody wrote is found; and every call is
-repeated, always with the same bits. Float32 is checked with products in IEEE's precision and in
-TF32, eager being given the same. A figure is the largest error over what is allowed: above 1 is
-wrong.
+**Kernels.** On all small samples of an op, of odd sizes and with its options, and on those of the
+sizes of real models, a kernel's error against float64 is at most twice that of eager PyTorch in the
+same dtype. All memory that the kernel gets is filled with NaN before, so that an element which
+nobody wrote is found; and every call is repeated, always with the same bits. Float32 is checked
+with products in IEEE's precision and in TF32, eager being given the same. A figure is the largest
+error over what is allowed: above 1 is wrong.
 
 **Memory.** NVIDIA's compute-sanitizer watches every launch config: accesses out of bounds
 (memcheck), races in shared memory (racecheck), reads of what nobody wrote (initcheck), misuse of
@@ -190,10 +191,23 @@ def older(row: Row) -> bool:
 
 
 def _kernels(card: Card) -> list[str]:
-    rows = {(r["op"], r["impl"], r["dtype"], r["precision"]): r for r in card.of("verified")}
+    text = ["### Kernels", ""]
+    if any(map(older, card.of("verified"))):
+        text += [f"{OLDER}: of an older source.", ""]
+    for size, about in SAMPLES.items():
+        rows: dict[tuple[str, ...], Row] = {
+            (r["op"], r["impl"], r["dtype"], r["precision"]): r
+            for r in card.of("verified")
+            if r["size"] == size
+        }
+        text += _of_size(about, size, rows)
+    return text
+
+
+def _of_size(about: str, size: str, rows: dict[tuple[str, ...], Row]) -> list[str]:
     expected = [
         (item.op, item.impl, item.words["dtype"], item.precision)
-        for item in items(None, torch.device("cuda"))
+        for item in items(None, torch.device("cuda"), [size])
     ]
     lines = []
     for op, impl in sorted({key[:2] for key in (*expected, *rows)}, key=_place):
@@ -204,8 +218,7 @@ def _kernels(card: Card) -> list[str]:
         lines.append((op, impl, *map(_figure, own.values()), *counts, poisoned))
     done = [rows[key] for key in expected if key in rows]
     wrong = sum(row["ok"] is False for row in rows.values())
-    summary = f"{len(done)} of {many(len(expected), 'check')} done, {wrong} wrong"
-    summary += f"; {OLDER}: of an older source." if any(map(older, rows.values())) else "."
+    summary = f"{about}: {len(done)} of {many(len(expected), 'check')} done, {wrong} wrong."
     head = ("op", "implementation", *COLUMNS, "samples", "calls each", "NaN-filled")
     faults = [
         f"{' '.join((r['op'], r['impl'], r['dtype'], r['precision'])).rstrip()}, "
@@ -213,7 +226,7 @@ def _kernels(card: Card) -> list[str]:
         for r in rows.values()
         if r["ok"] is False
     ]
-    return ["### Kernels", "", summary, "", *table(head, lines), *_listed(faults)]
+    return [summary, "", *(table(head, lines) if rows else []), *_listed(faults)]
 
 
 def _place(pair: tuple[str, ...]) -> tuple[int, tuple[str, ...]]:
@@ -236,7 +249,7 @@ def _figure(row: Row | None) -> str:
         return NOT_RUN
     mark = f" {OLDER}" if older(row) else ""
     if row["ok"] is None:
-        return f"none fits{mark}"
+        return f"{NOT_RUN if row['raised'] else 'none fits'}{mark}"
     return (f"{_verdict(row).ratio:.2f}" if row["ok"] else "**WRONG**") + mark
 
 
