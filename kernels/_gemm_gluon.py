@@ -499,8 +499,8 @@ def linear_act(
     if reason:
         raise ValueError(f"linear_act: impl='gluon' can't run here: {reason}")
     y, z = forward(a, w, dense(bias), activation=activation, out_dtype=w.dtype, need_pre=need_pre)
-    leading = x.shape[:-1]
-    return y.view(*leading, -1), weight.new_empty(0) if z is None else z.view(*leading, -1)
+    shape = (*x.shape[:-1], w.shape[0])  # without tokens, -1 could be anything
+    return y.view(shape), weight.new_empty(0) if z is None else z.view(shape)
 
 
 def linear_act_problem(weight: Tensor, dtype: torch.dtype, gated: bool) -> str | None:

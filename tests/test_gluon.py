@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import _offline
+from vitkern.kernels import REGISTRY
 from vitkern.kernels import _gemm_gluon as gluon_gemm
 from vitkern.kernels._gemm.activation import ACTIVATIONS
 from vitkern.kernels._gemm_gluon import Config, config, forward, problem
@@ -596,6 +597,29 @@ def test_nothing_to_compute_launches_nothing(shape: tuple[int, int, int]) -> Non
     assert not launches
     assert out.shape == pre.shape == (m, n)
     assert (out.dtype, pre.dtype) == (torch.float32, torch.bfloat16)
+
+
+@needs_gluon
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["linear_act", "linear_residual"])
+def test_every_sample_of_its_ops_has_the_shapes_declared(name: str, dtype: torch.dtype) -> None:
+    """Up to the launch: what it takes, and what it hands back."""
+    op, taken = REGISTRY[name], 0
+    for sample in op.samples("tiny"):
+        arguments = sample.make("meta", dtype)
+        try:
+            with intercept(lambda _: None, HOPPER):
+                results = op.kernel_peers["gluon"](**arguments)
+        except ValueError as reason:
+            if "can't run here" not in str(reason):
+                raise
+            continue
+        taken += 1
+        for result, fake in zip(results, op.fake(**arguments), strict=True):
+            assert (result.shape, result.dtype, result.stride()) == (
+                fake.shape, fake.dtype, fake.stride(),
+            ), sample.label  # fmt: skip
+    assert taken >= 3
 
 
 @pytest.mark.parametrize(
