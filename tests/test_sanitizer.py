@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks._report.results import read
 from benchmarks._verify import faults, sanitizer, watch
+from benchmarks._verify.reports import FOREIGN, Report, Stream
 from benchmarks._verify.sanitizer import main
 from vitkern.kernels._triton import TRITON_MISSING
 
@@ -33,11 +34,11 @@ from vitkern.kernels import REGISTRY
 from vitkern.kernels._triton import gluon
 
 def fits(call):
-    # The definition takes the smaller arguments, too, and makes of them what the kernels make.
-    arguments = call.arguments("meta")
-    both = call.run(arguments, lambda _: None), REGISTRY[call.op].reference(**arguments)
-    shapes = [[(t.shape, t.dtype) for t in as_tuple(r) if t is not None] for r in both]
-    return shapes[0] == shapes[1]
+    # PyTorch takes the smaller arguments, too, and makes of them what the kernels make.
+    arguments, op = call.arguments("meta"), REGISTRY[call.op]
+    made = call.run(arguments, lambda _: None), op.reference(**arguments), op.portable(**arguments)
+    shapes = [[(t.shape, t.dtype) for t in as_tuple(each)] for each in made]
+    return shapes[0] == shapes[1] == shapes[2]
 
 arch, ops = int(sys.argv[1]), list(REGISTRY.values())
 found = small.survey(ops, arch)
@@ -99,6 +100,124 @@ def test_small_calls_are_what_they_say(counted: Row) -> None:
     labels: list[str] = counted["labels"]
     assert len(set(labels)) == len(labels)
     assert not counted["unlike"]
+
+
+OURS = {"norm_forward_kernel", "forward_kernel", "column_sum_kernel"}
+
+
+def parsed(text: str) -> Stream:
+    stream = Stream(OURS)
+    for line in text.splitlines():
+        stream.feed(line, 7)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("text", "kernel", "warning"),
+    [
+        (
+            """\
+========= Invalid __global__ read of size 16 bytes
+=========     at norm_forward_kernel+0xec0 in _norm.py:43
+=========     by thread (18,0,0) in block (0,0,0)
+=========     Access to 0x74505bcccca0 is out of bounds
+=========     and is 161 bytes after the nearest allocation at 0x74505bccc800 of size 1,024 bytes
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: launch [0x16a3] in __triton_launcher.cpython-312-x86_64-linux-gnu.so
+=========""",
+            "norm_forward_kernel",
+            False,
+        ),
+        (  # inlined: the kernel stands behind "Device Frame"
+            """\
+========= Invalid __shared__ read of size 4 bytes
+=========     at _sum_combine+0x1f0 in standard.py:263
+=========     by thread (0,0,0) in block (3,0,0)
+=========     Device Frame: reduce_rows+0x1f0 in _reduce.py:12
+=========     Device Frame: column_sum_kernel+0x1f0 in _reduce.py:30""",
+            "column_sum_kernel",
+            False,
+        ),
+        (  # no frames: a Triton function of unknown kernel is not foreign
+            """\
+========= Invalid __shared__ read of size 4 bytes
+=========     at _sum_combine+0x1f0 in standard.py:263
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: call at launch+0x16a3 in launcher.c:12""",
+            None,
+            False,
+        ),
+        (
+            """\
+========= Error: Race reported between Write access at forward_kernel+0x150 in forward.py:27
+=========     and Read access at forward_kernel+0x160 in forward.py:30 [4194304 hazards]
+=========""",
+            "forward_kernel",
+            False,
+        ),
+        (
+            """\
+========= Warning: Race reported between Read access at forward_kernel+0x570 in forward.py:4
+=========     and Write access at forward_kernel+0x5a0 in forward.py:9 [8 hazards]""",
+            "forward_kernel",
+            True,
+        ),
+        (
+            """\
+========= Barrier error detected. Divergent thread(s) in warp
+=========     at forward_kernel+0x1a0 in forward.py:8
+=========     by thread (16,0,0) in block (0,0,0)
+=========     Barrier is located at shared address 0x10""",
+            "forward_kernel",
+            False,
+        ),
+        (  # as versions up to 2022 write it
+            """\
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at 0x150 in /root/kernels/forward.py:223:forward_kernel
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x7fc406200400""",
+            "forward_kernel",
+            False,
+        ),
+        (ATEN := """\
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::reduce_kernel<(int)512, (int)1, at::native::ReduceOp<float>>(T3)\
++0x3f0 in Reduce.cuh:232
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x7f2d0a000200""", FOREIGN, False),
+        (
+            """\
+========= Invalid __global__ read of size 16 bytes
+=========     at sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_cublas+0x3f0""",
+            FOREIGN,
+            False,
+        ),
+    ],
+)  # fmt: skip
+def test_a_report_is_read(text: str, kernel: str | None, warning: bool) -> None:
+    stream = parsed(
+        f"========= COMPUTE-SANITIZER\n@@ 7 start\n{text}\n========= ERROR SUMMARY: 1 error"
+    )
+    (report,) = stream.reports
+    assert isinstance(report, Report)
+    assert (report.kernel, report.warning, report.call) == (kernel, warning, 7)
+    assert stream.summary == 1
+    assert text.splitlines()[1].split()[-1] in report.text
+
+
+def test_what_is_no_report() -> None:
+    stream = parsed(
+        "========= COMPUTE-SANITIZER\nsome warning of PyTorch\n"
+        "=========     Tracking kernels launched by child processes requires it\n"
+        "========= 23 errors were not printed. Use --print-limit option to adjust it\n"
+        "========= LEAK SUMMARY: 0 bytes leaked in 0 allocations\n"
+        "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n"
+    )
+    assert not stream.reports
+    assert not stream.unfit
+    assert stream.summary == 2
+    assert list(stream.tail) == ["some warning of PyTorch"]
 
 
 # The tool's stand-in: what it says before, at a call whose name has the given words, and behind.
@@ -165,13 +284,6 @@ WRITE = """\
 =========     at norm_forward_kernel+0x1a0 in _norm.py:123
 =========     by thread (0,0,0) in block (3,0,0)
 =========     Access to 0x7f2d0a000200 is out of bounds"""
-ATEN = """\
-========= Uninitialized __global__ memory read of size 4 bytes
-=========     at void at::native::reduce_kernel<(int)512, (int)1, at::native::ReduceOp<float>>(T3)\
-+0x3f0 in Reduce.cuh:232
-=========     by thread (0,0,0) in block (0,0,0)
-=========     Address 0x7f2d0a000200"""
-
 
 # In place of the calls' program in most tests, since that takes seconds to start.
 PROGRAM = """

@@ -33,10 +33,10 @@ UNFIT = re.compile(
 )
 # The tool failed on one kernel.
 INTERNAL = re.compile(r"Internal Sanitizer|Internal error encountered|Error in printing record")
+NAME = r"((?:void |int |float )?[A-Za-z_][\w:<>~]*)"
 SYMBOL = re.compile(
-    r"(?:\bat |Device Frame: ?)"
-    r"(?:0x[0-9a-f]+ in )?(?:[^\s:]+:\d+:)?"  # versions up to 2022: at ADDRESS in FILE:LINE:KERNEL
-    r"((?:void |int |float )?[A-Za-z_][\w:<>~]*)"
+    rf"(?:\bat |Device Frame: ?)(?:{NAME}(?=.*\+0x[0-9a-f]|.* in \S+:\d)"
+    rf"|0x[0-9a-f]+ in \S+:\d+:{NAME})"  # versions up to 2022
 )
 
 
@@ -103,8 +103,8 @@ class Stream:
     def _add(self, report: Report, text: str) -> None:
         if len(report.lines) < 12:
             report.lines.append(text)
-        for symbol in SYMBOL.findall(text):
-            name = symbol.lstrip("_")
+        for now, before in SYMBOL.findall("" if "Host Frame" in text else text):
+            name = (now or before).lstrip("_")
             if name in self.ours:
                 report.kernel = name
             elif report.kernel is None and not re.search(r"\.(?:py|ttgir):", text):

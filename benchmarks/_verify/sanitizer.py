@@ -20,9 +20,9 @@ Whether a tool sees anything at all is asked, too: each gets a kernel that is wr
 
 What to expect (version 2025.3, of CUDA 13.0), as others found it; none of it seen here yet:
 
-- racecheck on reductions: all lanes of a warp store what a butterfly left them, which may differ in
-  the last bit; reported as a write-write race (triton-lang/triton#7264, #11614). Sums of two are
-  commutative, so ours should store equal bits, which is no error.
+- racecheck on reductions: all lanes of a warp store what a butterfly left them, to one word. Where
+  that differs in the last bit it is reported as a write-write race (triton-lang/triton#7264; Triton
+  3.7 let one lane store, 3.8 no longer does: #11614). Which of the values is taken then is open.
 - initcheck knows bulk copies, so TMA's loads and stores, since 2025.4 only (NVIDIA's release
   notes): what Gluon's product stored looks unwritten to a kernel that reads it in the same call.
 - memcheck once took wgmma's operand for larger than it is (NVIDIA/compute-sanitizer-samples#19).
@@ -48,6 +48,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .._contest import Log, Row
 from .reports import FOREIGN
 from .watch import OPTIONS, PLAIN, PYTHON, ROOT, Outcome, Runner
@@ -68,8 +70,6 @@ def find_tool() -> str | None:
 
 def plan(device: str, ops: Sequence[str] | None) -> None:
     """Print every call as a line of JSON. In a process of its own, where kernels are compiled."""
-    import torch
-
     from vitkern.kernels import _verified
     from vitkern.kernels._triton import triton
 
@@ -93,8 +93,6 @@ def plan(device: str, ops: Sequence[str] | None) -> None:
 
 def child(plan_file: Path, numbers: Sequence[int], device: str) -> int:
     """Make calls one after the other; 3 if the GPU no longer answers."""
-    import torch
-
     from vitkern.kernels._launch import Launch
 
     from . import faults, small
@@ -195,7 +193,7 @@ def make_plan(device: str, ops: Sequence[str] | None, path: Path) -> list[Row]:
 
 def main(
     results: Path,
-    device: str = "cuda",
+    device: torch.device | str = "cuda",
     ops: Sequence[str] | None = None,
     tools: Sequence[str] = TOOLS,
     minutes: float | None = None,
@@ -210,13 +208,12 @@ def main(
         processes: how many at a time; by default two fewer than there are cores.
         command: in place of compute-sanitizer; a rehearsal on "cpu" needs one.
     """
-    import torch
-
+    where = torch.device(device).type
     stop = time.monotonic() + 60 * (1e6 if minutes is None else minutes)
     for tool in tools:
         if tool not in OPTIONS:
             raise ValueError(f"tools: expected some of {', '.join(OPTIONS)}, got {tool!r}")
-    if device == "cuda" and not torch.cuda.is_available():
+    if where == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA GPU here, and compute-sanitizer looks at one", file=sys.stderr)
         return 2
     found = find_tool()
@@ -228,11 +225,11 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         plan_file = Path(folder, "plan.jsonl")
         try:
-            calls = make_plan(device, ops, plan_file)
+            calls = make_plan(where, ops, plan_file)
         except RuntimeError as problem:
             print(f"error: {problem}", file=sys.stderr)
             return 2
-        runner = Runner(calls, plan_file, device, command or [str(found)], stop)
+        runner = Runner(calls, plan_file, where, command or [str(found)], stop)
         done = settled(results)
         todo = {
             tool: [
@@ -265,9 +262,12 @@ def _run(runner: Runner, todo: dict[str, list[int]], processes: int, log: Log) -
         work += [(tool, [n]) for n in numbers if "control" in calls[n]]
     for tool, numbers in todo.items():
         rest = [n for n in numbers if "control" not in calls[n]]
-        work += [
-            (tool, c) for c in chunks([n for n in rest if n not in broken], processes // 2 or 1)
-        ]
+        right = [n for n in rest if n not in broken]
+        # What cuBLAS loads is instrumented, too: better in one process than in all of them.
+        cublas = [n for n in right if calls[n]["impl"] == "cublas"]
+        others = [n for n in right if calls[n]["impl"] != "cublas"]
+        shares = chunks(cublas, 1) + chunks(others, processes // 2 or 1)
+        work += [(tool, share) for share in shares]
         for n in (n for n in rest if n in broken):
             if tool == "memcheck":  # which may say more
                 work.append((tool, [n]))

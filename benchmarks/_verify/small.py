@@ -10,6 +10,7 @@ Gluon, which that leaves out, its launchers on the same samples.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ PROCESSORS = (1, 2, 4, 8, 16, 33, 66, 132)
 
 # Images, and at most so many tokens of each where an op takes tokens one by one.
 ROWS = ((1, 64), (1, 256), (1, None), (2, None), (4, None), (8, None), (16, None), (32, None))
+
+# Arguments that are the same for all images.
+PARAMETER = re.compile("weight|bias|layer_scale|pos_embed|prefix|mean|std|sin|cos")
 
 # FLOPs that cost as much as what every call costs: compiling, patching, copying.
 OVERHEAD = 200_000_000
@@ -122,8 +126,8 @@ def launchers(op: Op, arch: int) -> dict[str, Callable[..., Any]]:
 def shrunk(sample: Sample, images: int | None, tokens: int | None) -> Sample:
     """`sample` with so many images, of so many tokens each; None leaves them as they are.
 
-    Whatever starts with the sizes of the first tensor shrinks with it, also where images and tokens
-    are one size.
+    What starts with the sizes of the first tensor shrinks with it, also where images and tokens are
+    one size; parameters don't, whose width may happen to be the number of images.
     """
     first = next(arg for arg in sample.args.values() if arg is not None)
     old = first.shape[:2]
@@ -134,8 +138,8 @@ def shrunk(sample: Sample, images: int | None, tokens: int | None) -> Sample:
     if new == old:
         return sample
 
-    def shrink(arg: Arg | None) -> Arg | None:
-        if arg is None or arg.values is not None:
+    def shrink(name: str, arg: Arg | None) -> Arg | None:
+        if arg is None or arg.values is not None or PARAMETER.search(name):
             return arg
         shape = arg.shape
         if shape[:2] == old:
@@ -144,7 +148,7 @@ def shrunk(sample: Sample, images: int | None, tokens: int | None) -> Sample:
             return replace(arg, shape=(math.prod(new), *shape[1:]))
         return replace(arg, shape=(new[0], *shape[1:])) if shape[0] == old[0] else arg
 
-    return replace(sample, args={name: shrink(arg) for name, arg in sample.args.items()})
+    return replace(sample, args={name: shrink(name, arg) for name, arg in sample.args.items()})
 
 
 def by_token(op: Op) -> bool:

@@ -31,7 +31,7 @@ PLAIN = "no tool"
 
 # Seconds without a sign of life after which a process is given up: from its start to its first
 # call, and for a call, which may have to be compiled or instrumented first.
-START, CALL = 180.0, 90.0
+START, CALL = 180.0, 120.0
 
 # Reports after which a process is replaced by another: the tool would soon print no more of them.
 ENOUGH = 200
