@@ -101,7 +101,10 @@ def by_aten(
         if stream is not None:
             return stream
     branch = linear(x, weight, bias)
-    return add_branch(residual, branch, layer_scale, drop_scale, ours=True).contiguous()
+    stream = add_branch(residual, branch, layer_scale, drop_scale, ours=True)
+    # contiguous() may return its argument: a second name for what an autograd node returns, whose
+    # gradient PyTorch 2.11's compiler loses.
+    return stream if stream.is_contiguous() else stream.contiguous()
 
 
 def _statistics(stream: Tensor, need_stats: bool) -> Tensor:
