@@ -98,14 +98,10 @@ class Tunable(Generic[C]):
     ) -> Any:
         """What `table` has for this key, or a near one; `default` where that is nothing of use."""
         _warn_of_unknown(table)
-        own = [table.configs[key]] if key in table.configs else []
-        near = [
-            found
-            for _, found in _tuned.nearest(table.configs, key)
-            if found.default == asdict(default)
-        ]
-        for found in own + near:
-            where = f"{found.source}: the config of {key[0]} for {key[1]} is ignored"
+        for bucket, found in _tuned.nearest(table.configs, key):
+            if bucket != key[1] and found.default != asdict(default):
+                continue
+            where = f"{found.source}: the config of {key[0]} for {bucket} is ignored"
             try:
                 config = self.config(**found.config)
             except TypeError as problem:

@@ -110,7 +110,7 @@ def product_candidates(work: Work) -> list[ProductConfig]:
     if work.dtype == torch.float32:
         tiles = [(64, 64, 16, 4, 2), (64, 64, 16, 8, 3), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)]
         return [ProductConfig(*tile) for tile in [*tiles, (32, 64, 16, 8, 2)]]
-    if not work.aligned:
+    if not (work.aligned or work.tma):
         return [ProductConfig(*tile) for tile in [(64, 64, 32, 4, 2), (32, 64, 32, 4, 2)]]
     small = [ProductConfig(*tile) for tile in [(64, 64, 64, 4, 3), (64, 64, 32, 4, 4)]]
     tall = ProductConfig(128, 64, 32, 8, 3)
@@ -139,12 +139,9 @@ def product_candidates(work: Work) -> list[ProductConfig]:
         *variants(wide, *({"num_stages": 4, "resident": 1, "group": n} for n in (4, 16))),
         *variants(square, *({"num_stages": n, "resident": 1} for n in (4, 6))),
         *variants(square, {"num_stages": 3, "resident": 2}),
-        *variants(square, {"block_m": 256, "num_stages": 4, "resident": 1}),
         *variants(flat, {"num_stages": 4, "resident": 2}, {"num_stages": 3, "resident": 3}),
         *variants(small[0], {"num_stages": 4, "resident": 2}, {"num_stages": 4, "resident": 3}),
-        wide,
-        square,
-        small[0],
+        *([wide, square, small[0]] if work.aligned else []),
     ]
 
 
