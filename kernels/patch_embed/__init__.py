@@ -377,9 +377,11 @@ def patch_embed(
         )
     check_shape(name, "prefix", prefix, "T", width)
     tokens = g.patches + (0 if prefix is None else prefix.shape[0])
-    if pos_embed is not None and tuple(pos_embed.shape) not in (
-        (tokens, width),
-        (g.patches, width),
+    # Size by size: with sizes that are left open, PyTorch 2.11's compiler finds no tuple in another.
+    if pos_embed is not None and (
+        pos_embed.dim() != 2
+        or pos_embed.shape[1] != width
+        or (pos_embed.shape[0] != tokens and pos_embed.shape[0] != g.patches)
     ):
         raise ValueError(
             f"{name}: pos_embed must be [{tokens}, {width}] (or [{g.patches}, {width}] without "
