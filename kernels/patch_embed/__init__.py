@@ -377,7 +377,7 @@ def patch_embed(
         )
     check_shape(name, "prefix", prefix, "T", width)
     tokens = g.patches + (0 if prefix is None else prefix.shape[0])
-    # Size by size: with sizes that are left open, PyTorch 2.11's compiler finds no tuple in another.
+    # Size by size: where sizes are left open, PyTorch 2.11's compiler finds no tuple in another.
     if pos_embed is not None and (
         pos_embed.dim() != 2
         or pos_embed.shape[1] != width
