@@ -15,6 +15,7 @@ from vitkern.kernels import REGISTRY, _configs, _norm, _tuned
 from vitkern.kernels._configs import override, record
 from vitkern.kernels._error_budget import as_tuple, in_float64, parity
 from vitkern.kernels._gemm import launch as gemm
+from vitkern.kernels._gemm.configs import work
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._triton import INTERPRET
 
@@ -193,7 +194,6 @@ def test_every_alternative_is_right(
     op = REGISTRY[name]
     sample = next(s for s in op.samples("tiny") if s.label == label)
     # The configs for rows that are aligned, on rows that are not, which is no matter here.
-    work = gemm.work
     monkeypatch.setattr(gemm, "work", lambda *a, **k: replace(work(*a, **k), aligned=True))
     arguments = sample.make("cpu", dtype)
     eager = as_tuple(op.portable(**arguments))

@@ -1,8 +1,11 @@
 """The tuner, rehearsed on a CPU: what it writes is what `choose` looks up."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import _cases, _measure, tune
+from benchmarks import _cases, _measure, _offline, tune
 from benchmarks.__main__ import main
+from benchmarks._workers import Died, Raised, Worker
+from benchmarks.tune import configs, places
 from vitkern import kernels
 from vitkern.kernels import REGISTRY, _op, _tuned, _verified
+from vitkern.kernels._launch import intercept
+from vitkern.kernels._norm import forward_candidates, forward_config
 from vitkern.kernels._op import Op, choose
 
 LAYER_NORM, LAYER_NORM_BACKWARD = REGISTRY["layer_norm"], REGISTRY["layer_norm_backward"]
@@ -199,3 +206,226 @@ def test_errors(ops: list[Op], tmp_path: Path, capsys: Any, monkeypatch: Any) ->
     path.write_text(json.dumps({**read(path), "verified": {}}))
     assert main(command) == 2
     assert "a.json is of H100, and this is cpu" in capsys.readouterr().err
+
+
+def test_a_process_that_dies_or_hangs_costs_one_answer() -> None:
+    with Worker({"VITKERN_TEST": "here"}) as worker:
+        assert worker.ask(os.getenv, "VITKERN_TEST", timeout=60) == "here"
+        first = worker.ask(os.getpid, timeout=60)
+        with pytest.raises(Raised, match="ValueError: invalid literal"):
+            worker.ask(int, "x", timeout=60)
+        assert worker.ask(os.getpid, timeout=60) == first
+        with pytest.raises(Died, match="exit code 7"):
+            worker.ask(os._exit, 7, timeout=60)
+        assert worker.ask(os.getpid, timeout=60) != first
+        with pytest.raises(Died, match="no answer within 0 s"):
+            worker.ask(time.sleep, 600, timeout=0.1)
+        assert worker.ask(os.getpid, timeout=60) != first
+
+
+def test_the_places_of_a_training_step_exist() -> None:
+    found = places.of_training(REGISTRY.values())
+    assert len({(place.op, place.label) for place in found}) == 2 * 12 - 2
+    assert [p.worth for p in found] == sorted((p.worth for p in found), reverse=True)
+    for place in found:
+        batch = next(iter(place.case().meta().values())).shape[0]
+        assert batch == places.IMAGES, place
+        asked = places.looked_at(place, (9, 0), 132, {})
+        assert asked
+        assert all(launches for _, launches in asked)
+
+
+@pytest.mark.parametrize("name", ["linear_residual_backward", "norm_linear_backward", "attention"])
+def test_a_repeated_sample_is_one_of_a_larger_batch(name: str) -> None:
+    op = REGISTRY[name]
+    sample = next(iter(op.samples("tiny")))
+    once, thrice = (s.make("cpu", torch.float32) for s in (sample, places.repeated(sample, 3)))
+    a, b = (torch.as_tensor(op.reference(**arguments)[0]) for arguments in (once, thrice))
+    assert b.shape == (3 * a.shape[0], *a.shape[1:])
+    torch.testing.assert_close(b[-a.shape[0] :], a)
+
+
+PLACE = places.Place("layer_norm", "triton", "tiny", "ln 2x5x96", "float32")
+DEFAULT = forward_config(96)
+OTHERS = [config for config in forward_candidates(96) if config != DEFAULT]
+BEST, SECOND, WRONG, DEADLY, SPILLING, *_ = OTHERS
+
+
+class Scripted:
+    """Stands in for the process that has the GPU; `times` are by config, 1 where none is given."""
+
+    def __init__(self, times: dict[Any, float]) -> None:
+        self.times, self.closed = times, 0
+        self.asked: list[Any] = []
+
+    def seconds(self, given: configs.Configs) -> float:
+        (config,) = given.values()
+        self.asked.append(config)
+        return self.times.get(config, 1.0)
+
+    def ask(self, function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+        if function is configs.compare:
+            _, _, default, best = arguments
+            return {
+                "default": self.seconds(default),
+                "again": self.times.get("again", 1.0),
+                "config": self.times.get("config", self.seconds(best)),
+            }
+        _, _, given, _ = arguments
+        seconds = self.seconds(given)
+        if self.asked[-1] == DEADLY:
+            raise Died("the process ended with exit code -6")
+        if self.asked[-1] == WRONG:
+            return {"ok": False, "why": "error 1, budget 0", "lost": True}
+        return {"ok": True, "seconds": seconds}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Compiled:
+    """Stands in for the compilers."""
+
+    def submit(self, *arguments: Any) -> "Future[list[str]]":
+        future: Future[list[str]] = Future()
+        future.set_result(["spills 8 bytes"] if arguments[-1] == SPILLING else [])
+        return future
+
+
+def tuner(path: Path, worker: Any, end: float, add: Any, fail: Any) -> configs.Tuner:
+    compiler: Any = Compiled()
+    draft, until = tune.Draft(path, CPU), time.monotonic() + end
+    return configs.Tuner(draft, "cpu", until, worker, compiler, add, fail, (8, 0), 108)
+
+
+def tuned(
+    path: Path, times: dict[Any, float], end: float = 60, again: bool = False
+) -> tuple[Scripted, list[dict[str, Any]], list[str]]:
+    """(what was asked, the rows, what failed) of one place, in a table at `path`."""
+    worker = Scripted(times)
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    tuner(path, worker, end, rows.append, lambda what, _: failed.append(what)).work([PLACE], again)
+    return worker, rows, failed
+
+
+def test_the_fastest_right_config_is_written_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpu.json"
+    times = {BEST: 0.8, SECOND: 0.9, WRONG: 0.1, DEADLY: 0.1, SPILLING: 0.1}
+    worker, (row,), failed = tuned(path, times)
+    assert SPILLING not in worker.asked
+    assert failed == ["norm.forward m16 d96"] * 2
+    assert worker.closed == 1  # the GPU was lost to it, and it was still there
+    assert len(row["candidates"]) == len(OTHERS) + 1
+    (entry,) = read(path)["configs"]
+    assert entry["config"] == asdict(BEST) == row["config"]
+    assert (entry["kernel"], entry["bucket"], entry["dtype"]) == (
+        "norm.forward", "m16 d96", "float32",
+    )  # fmt: skip
+    monkeypatch.delenv("VITKERN_TUNED", raising=False)
+    contents = tune.Draft(path, CPU).launch_configs()
+    with _tuned.using(CPU, contents):
+        arguments = PLACE.case().meta()
+        seen: list[Any] = []
+        with intercept(seen.append):
+            monkeypatch.setitem(_tuned._tables, torch.device("meta"), contents)
+            PLACE.launcher()(**arguments)
+    assert (seen[0].constexprs["ROWS"], seen[0].num_warps) == (BEST.rows, BEST.num_warps)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        {BEST: 0.99},  # too little
+        {BEST: 0.9, "again": 0.88},  # no more than the default differs from itself
+        {BEST: 0.9, "config": 1.1},  # not where both are timed in turns
+        {},
+    ],
+)
+def test_the_default_stays_where_nothing_is_clearly_faster(
+    tmp_path: Path, times: dict[Any, float]
+) -> None:
+    path = tmp_path / "cpu.json"
+    tuned(path, times)
+    (entry,) = read(path)["configs"]
+    assert entry["config"] == entry["default"] == asdict(DEFAULT)
+
+
+def test_configs_are_tuned_once(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    assert tuned(path, {BEST: 0.5}, end=-1)[1] == []
+    assert read(path)["configs"] == [] if path.exists() else True
+    assert tuned(path, {BEST: 0.5})[1]
+    assert tuned(path, {SECOND: 0.5})[1] == []
+    tuned(path, {SECOND: 0.5}, again=True)
+    assert [entry["config"] for entry in read(path)["configs"]] == [asdict(SECOND)]
+
+
+def test_a_broken_gpu_ends_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: Any, **__: Any) -> Any:
+        raise Died("gone")
+
+    monkeypatch.setattr(Scripted, "ask", dead)
+    everywhere = list(places.of_samples([LAYER_NORM], "tiny", [torch.float32]))
+    made = tuner(tmp_path / "cpu.json", Scripted({}), 60, lambda _: None, lambda *_: None)
+    left = made.work(everywhere, False)
+    assert made.lost == configs.LOST
+    assert left > 0
+
+
+def cache_misses() -> dict[str, int]:
+    """Files that a launch adds to those of who compiled ahead, by kernel: another process's."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Card:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return 0
+
+    driver.set_active(Card())
+    folder, found = Path(os.environ["TRITON_CACHE_DIR"]), {}
+    for label in ("ln 128x197x768", "gelu 64x197x768 -> 3072 saved"):
+        op = "layer_norm" if label.startswith("ln") else "linear_act"
+        place = places.Place(op, "triton", "vit", label, "bfloat16")
+        for question, launches in places.looked_at(place, (9, 0), 132, {}):
+            assert configs.compiled(place, (9, 0), 132, question.key, question.default) == []
+            before = set(folder.iterdir())
+            for launch in launches:
+                launch.kernel.warmup(
+                    *launch.args, grid=launch.grid, **launch.constexprs, **_offline._options(launch)
+                )
+                found[launch.kernel.fn.__name__] = len(set(folder.iterdir()) - before)
+    return found
+
+
+def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path: Path) -> None:
+    variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    with Worker(variables) as worker:
+        found = worker.ask(cache_misses, timeout=120)
+    assert found == {"_norm_forward_kernel": 0, "persistent_forward_kernel": 0}
+
+
+def test_the_whole_stage_in_processes_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but for the interpreter; of one kernel, and two alternatives."""
+
+    def one(*_: Any) -> Iterator[places.Place]:
+        yield PLACE
+
+    monkeypatch.setattr(configs, "of_samples", one)
+    monkeypatch.setattr("vitkern.kernels._norm.forward_candidates", lambda _: OTHERS[:2])
+    rows: list[dict[str, Any]] = []
+    draft, end = tune.Draft(tmp_path / "cpu.json", CPU), time.monotonic() + 60
+    configs.tune(draft, [LAYER_NORM], CPU, end, False, rows.append, print, processes=1)
+    (row,) = rows
+    assert [c["ok"] for c in row["candidates"]] == [True] * 3
+    assert len(read(tmp_path / "cpu.json")["configs"]) == 1

@@ -32,8 +32,8 @@ from vitkern.kernels._tuned import Key
 
 from .. import _offline
 from .._measure import Stats, Timer
+from .._workers import Died, Raised, Worker
 from .places import Place, looked_at, of_samples, of_training
-from .workers import Died, Raised, Worker
 
 if TYPE_CHECKING:
     from . import Draft
