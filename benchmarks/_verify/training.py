@@ -27,21 +27,8 @@ from vitkern._device import device_name
 
 from .._contest import Log, Row, failure
 from .._measure import environment
-from .learning import (
-    EAGER,
-    EAGERS,
-    FACTOR,
-    FLOAT32,
-    NUDGED,
-    OURS,
-    TASKS,
-    WINDOW,
-    Task,
-    distance,
-    hold,
-    rehearsal,
-    smoothed,
-)  # fmt: skip
+from . import learning
+from .learning import EAGER, EAGERS, FACTOR, FLOAT32, NUDGED, OURS, TASKS, WINDOW, Task, distance
 
 MINUTES = 4.0  # unless told otherwise: a kernel that hangs must not keep the machine
 NEEDS = ("sklearn", "PIL", "matplotlib", "rich")
@@ -81,12 +68,12 @@ def _child(
     """One task, in a process of its own; what it finds goes to `rows`."""
     start = time.monotonic()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     else:
         torch.set_num_threads(1)  # so small a network makes several mostly wait for each other
     try:
         late = lambda: time.monotonic() - start > seconds  # noqa: E731
-        for row in hold(task, device, alike["steps"], alike["seed"], known, late):
+        for row in learning.hold(task, device, alike["steps"], alike["seed"], known, late):
             rows.send({**row, **alike})
     except Exception as problem:  # before ours had its turn, or where it wasn't to blame
         traceback.print_exc()
@@ -110,7 +97,11 @@ def main(
 ) -> int:
     """Train the networks named in `only`, or all; rows go to `results`, a picture to `folder`.
 
-    Each is a process of its own, and all run at once. toy: on the scale of a CPU.
+    Each is a process of its own, and all run at once, so that a run's "seconds" are no benchmark.
+
+    Args:
+        minutes: what isn't done by then is ended; a little earlier, no step is begun any more.
+        toy: on the scale of a CPU.
 
     Returns:
         0 if all is well; 1 if something is wrong; 2 without a GPU or a package that is needed, or
@@ -118,7 +109,7 @@ def main(
     Raises:
         ValueError: `only` has unknown names, or there are too few steps.
     """
-    tasks = [rehearsal(task) if toy else task for task in TASKS.values()]
+    tasks = [learning.rehearsal(task) if toy else task for task in TASKS.values()]
     if unknown := sorted(set(only or ()) - set(TASKS)):
         raise ValueError(f"only: unknown {unknown[0]!r}; expected some of {', '.join(TASKS)}")
     if steps < 2 * WINDOW:
@@ -231,10 +222,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 run = runs[impl]
                 label = f"{impl}: {run['accuracy']:.1%} of the test right"
                 if impl not in NUDGED:
-                    curves.plot(smoothed(run["losses"]), label=label, **looks[impl])
+                    curves.plot(learning.smoothed(run["losses"]), label=label, **looks[impl])
                 if impl != FLOAT32 and FLOAT32 in runs:
                     steps = min(len(run["losses"]), len(runs[FLOAT32]["losses"]))
-                    pair = (smoothed(r["losses"][:steps]) for r in (run, runs[FLOAT32]))
+                    pair = (learning.smoothed(r["losses"][:steps]) for r in (run, runs[FLOAT32]))
                     far = distance(run["losses"], runs[FLOAT32]["losses"])
                     label = f"{impl}: RMS {far:.1e}"
                     gaps.plot(next(pair) - next(pair), label=label, **looks[impl])
