@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +440,30 @@ def test_a_program_that_does_not_start(rehearsal: Rehearsal, tmp_path: Path) -> 
     assert rehearsal("memcheck", "racecheck") == 2
     assert [row["tool"] for row in rehearsal.rows(ok=None)] == ["memcheck", "racecheck"]
     assert all("no such module" in row["why"] for row in rehearsal.rows())
+
+
+def test_an_end_ahead_of_time_ends_all_processes(rehearsal: Rehearsal, tmp_path: Path) -> None:
+    """Also those that a tool has started in a session of their own."""
+    note = tmp_path / "pid"
+    (tmp_path / "program.py").write_text(
+        f"import os, time\nnote = {str(note)!r}\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    open(note, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "while not (os.path.exists(note) and open(note).read()):\n"
+        "    time.sleep(0.01)\n"
+        "print('@@ 0 start\\n@@ 0 done\\n@@ 1 start\\n@@ 1 done\\n@@ 2 start', flush=True)\n"
+        "os.wait()\n"
+    )
+    calls: list[Row] = [{"kernels": []} for _ in range(3)]
+    runner = watch.Runner(calls, tmp_path, "cpu", [], time.monotonic() + 60)
+    outcomes = runner.run([(watch.PLAIN, [0, 1, 2])], 1)
+    assert next(outcomes).ok
+    outcomes.close()
+    state = Path("/proc", note.read_text(), "stat")
+    # A container's first process may leave it unburied.
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_out_of_time(rehearsal: Rehearsal) -> None:

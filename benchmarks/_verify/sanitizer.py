@@ -42,8 +42,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -250,47 +250,54 @@ def _run(runner: Runner, todo: dict[str, list[int]], processes: int, log: Log) -
     calls, begun = runner.calls, time.monotonic()
     once = sorted({n for numbers in todo.values() for n in numbers if "control" not in calls[n]})
     broken: dict[int, str] = {}
-    for outcome in runner.run([(PLAIN, c) for c in chunks(once, processes)], processes):
-        if outcome.number is not None and outcome.ok is False:
-            broken[outcome.number] = outcome.why
+    with closing(runner.run([(PLAIN, c) for c in chunks(once, processes)], processes)) as outcomes:
+        for outcome in outcomes:
+            if outcome.number is not None and outcome.ok is False:
+                broken[outcome.number] = outcome.why
     if PLAIN in runner.unusable:
         why = f"without a tool, too: {runner.unusable.pop(PLAIN)}"
         runner.unusable |= dict.fromkeys(todo, why)
-    print(f"{len(once)} calls compiled, {len(broken)} failed ({time.monotonic() - begun:.0f} s)")
-    work: list[tuple[str, list[int]]] = []
+    seconds = time.monotonic() - begun
+    print(f"{len(once)} calls compiled, {len(broken)} failed ({seconds:.0f} s)", flush=True)
     for tool, numbers in todo.items():
-        work += [(tool, [n]) for n in numbers if "control" in calls[n]]
+        for n in numbers if tool != "memcheck" else ():  # which may say more, so it tries
+            if n in broken:
+                _add(log, rows(Outcome(tool, n, False, f"without a tool, too: {broken[n]}"), calls))
+    work = _dealt(todo, broken, calls, processes)
+    told, count, total = time.monotonic(), 0, sum(len(numbers) for _, numbers in work)
+    with closing(runner.run(work, processes)) as outcomes:
+        for count, outcome in enumerate(outcomes, 1):
+            if outcome.tool not in runner.unusable or outcome.ok is not None:
+                _add(log, rows(outcome, calls))
+            if time.monotonic() - told > 15:
+                told = time.monotonic()
+                print(f"{count} of {total} calls ({told - begun:.0f} s)", flush=True)
+    for tool, why in runner.unusable.items():
+        log.add({"kind": "sanitizer", "tool": tool, "op": "all", "ok": None, "why": why})
+    print(f"{count} calls under {len(todo)} tools ({time.monotonic() - begun:.0f} s)", flush=True)
+
+
+def _dealt(
+    todo: dict[str, list[int]], broken: Collection[int], calls: list[Row], processes: int
+) -> list[tuple[str, list[int]]]:
+    """Chunks of work: the controls first, and what is broken alone, where it stops nobody."""
+    work = [(tool, [n]) for tool, each in todo.items() for n in each if "control" in calls[n]]
     for tool, numbers in todo.items():
-        rest = [n for n in numbers if "control" not in calls[n]]
-        right = [n for n in rest if n not in broken]
+        right = [n for n in numbers if n not in broken and "control" not in calls[n]]
         # What cuBLAS loads is instrumented, too: better in one process than in all of them.
         cublas = [n for n in right if calls[n]["impl"] == "cublas"]
         others = [n for n in right if calls[n]["impl"] != "cublas"]
-        shares = chunks(cublas, 1) + chunks(others, processes // 2 or 1)
-        work += [(tool, share) for share in shares]
-        for n in (n for n in rest if n in broken):
-            if tool == "memcheck":  # which may say more
-                work.append((tool, [n]))
-            else:
-                why = f"without a tool, too: {broken[n]}"
-                for row in rows(Outcome(tool, n, False, why), calls):
-                    log.add(row)
-    told = time.monotonic()
-    count = 0
-    for count, outcome in enumerate(runner.run(work, processes), 1):
-        if outcome.tool not in runner.unusable or outcome.ok is not None:
-            for row in rows(outcome, calls):
-                log.add(row)
-                if row["ok"] is False:
-                    what = (row.get("what") or [row.get("why")])[0]
-                    print(f"{row['tool']}: {row['op']} {row.get('kernel', '')}: {what}", flush=True)
-        if time.monotonic() - told > 15:
-            told = time.monotonic()
-            print(f"{count} of {sum(len(c) for _, c in work)} calls", flush=True)
-    for tool, why in runner.unusable.items():
-        if tool in todo:
-            log.add({"kind": "sanitizer", "tool": tool, "op": "all", "ok": None, "why": why})
-    print(f"{count} calls under {len(todo)} tools ({time.monotonic() - begun:.0f} s)")
+        work += [(tool, each) for each in chunks(cublas, 1) + chunks(others, processes // 2 or 1)]
+        work += [(tool, [n]) for n in numbers if n in broken and tool == "memcheck"]
+    return work
+
+
+def _add(log: Log, found: list[Row]) -> None:
+    for row in found:
+        log.add(row)
+        if row["ok"] is False:
+            what = (row["what"] or [row.get("why")])[0]
+            print(f"{row['tool']}: {row['op']} {row.get('kernel', '')}: {what}", flush=True)
 
 
 def _verdict(log: Log, runner: Runner) -> int:
@@ -308,15 +315,28 @@ def _verdict(log: Log, runner: Runner) -> int:
     return 2 if missing else 0
 
 
+def _ints(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="For the processes that `main` starts.")
-    parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--child", type=Path)
-    parser.add_argument("--calls", type=lambda text: [int(n) for n in text.split(",")])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--results", type=Path, help="the file to which results are added")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--op", nargs="+")
+    parser.add_argument("--op", nargs="+", help="these ops only (default: all)")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--minutes", type=float, help="after which the rest is left out")
+    parser.add_argument("--processes", type=int, help="default: two fewer than there are cores")
+    for option in ("--plan", "--child", "--calls"):  # for the processes that `main` starts
+        kind = {"action": "store_true"} if option == "--plan" else {"type": str}
+        parser.add_argument(option, help=argparse.SUPPRESS, **kind)
     asked = parser.parse_args()
     if asked.plan:
         plan(asked.device, asked.op)
+    elif asked.child:
+        sys.exit(child(Path(asked.child), _ints(asked.calls), asked.device))
+    elif asked.results is None:
+        parser.error("--results: expected a file to which results are added")
     else:
-        sys.exit(child(asked.child, asked.calls, asked.device))
+        options = asked.op, asked.tools, asked.minutes, asked.processes
+        sys.exit(main(asked.results, asked.device, *options))

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -94,10 +94,14 @@ class Runner:
         self._worked: set[str] = set()
         self._internal: Counter[str] = Counter()
         self._outcomes: queue.Queue[Outcome | None] = queue.Queue()
-        self._ports = itertools.count(49152, 16)  # a tool takes ten of them
+        # A tool takes ten of them; there is room for a thousand at a time.
+        self._ports = itertools.cycle(range(49152, 65152, 16))
         self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, work: Sequence[tuple[str, list[int]]], processes: int) -> Iterator[Outcome]:
+    def run(
+        self, work: Sequence[tuple[str, list[int]]], processes: int
+    ) -> Generator[Outcome, None, None]:
         """The outcomes of these chunks of calls under tools, as they come."""
 
         def all_of_it() -> None:
@@ -106,9 +110,17 @@ class Runner:
                     pool.submit(self._chunk, *chunk)
             self._outcomes.put(None)
 
-        threading.Thread(target=all_of_it, daemon=True).start()
-        while (outcome := self._outcomes.get()) is not None:
-            yield outcome
+        thread = threading.Thread(target=all_of_it, daemon=True)
+        thread.start()
+        try:
+            while (outcome := self._outcomes.get()) is not None:
+                yield outcome
+        finally:  # were this process interrupted, others would go on for nobody
+            self.stop = min(self.stop, time.monotonic()) if thread.is_alive() else self.stop
+            while thread.is_alive():
+                for process in list(self._running):
+                    kill(process)
+                thread.join(0.1)
 
     def _chunk(self, tool: str, numbers: list[int]) -> None:
         """Make these calls, in as many processes as that takes."""
@@ -143,6 +155,7 @@ class Runner:
         Returns: those that it didn't come to; and why it came to none, or may as well not have.
         """
         process = start(self.argv(tool, numbers), self.device)
+        self._running.add(process)
         stream = Stream(set().union(*self.kernels))
         seen: list[Outcome] = []
         told, begun, running, late, killed = 0, 0.0, False, "", False
@@ -168,6 +181,7 @@ class Runner:
                 seen[-1].ok, seen[-1].why = marker[2] == "done", marker[3]
                 seen[-1].seconds, running = time.monotonic() - begun, False
         code = end(process)
+        self._running.discard(process)
         ended = late or f"ended with exit code {code}: {' | '.join(stream.tail)[-300:]}"
         left = [n for n in numbers if n not in {o.number for o in seen}]
         if stream.unfit:  # so that nothing that looks right since is believed
@@ -256,15 +270,29 @@ def lines(
 
 
 def end(process: "subprocess.Popen[bytes]") -> int:
-    """Its exit code, once it is sure to have ended, with all that it started."""
+    """Its exit code, once it has ended: by itself within a second, else by force."""
     with suppress(subprocess.TimeoutExpired):
-        if process.stdout is not None and process.stdout.closed:
-            process.wait(5)
-        else:
-            process.wait(0.5)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(1)
+    kill(process)
     code = process.wait()
     if process.stdout is not None:
         process.stdout.close()
     return code
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and all that it has started, in whatever session that is."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):  # it has just ended
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(stat.parent.name)
+            )
+    doomed = [process.pid] if process.poll() is None else []
+    for pid in doomed:
+        doomed += parents.get(pid, [])
+    for pid in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
