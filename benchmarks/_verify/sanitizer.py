@@ -28,7 +28,7 @@ What to expect (version 2025.3, of CUDA 13.0), as others found it; none of it se
 - memcheck once took wgmma's operand for larger than it is (NVIDIA/compute-sanitizer-samples#19).
   "Invalid __shared__" may also be true, and ptxas's doing: its versions 12.8 and 13.0 miscompiled
   kernels for Hopper, 13.1 did not (fla-org/flash-linear-attention#1262; triton-lang/triton#11366,
-  #11781). TRITON_PTXAS_PATH names another one to compare with.
+  #11781). Triton 3.6 brings 12.8; TRITON_PTXAS_PATH names another one to compare with.
 - synccheck on warp-specialised kernels: "Missing wait" at mbarriers of CUTLASS's
   (NVIDIA/cutlass#2626), divergent `bar.sync` where groups meet from different code.
 """

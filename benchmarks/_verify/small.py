@@ -86,7 +86,8 @@ class SmallCall:
             ValueError: the op has no such sample.
         """
         here = "meta" if torch.device(device).type == "meta" else "cpu"
-        with self._on_its_card(_refuse):  # what a forward pass saves may depend on the card
+        # What a forward pass saves may depend on the card; an interpreter may run it for that.
+        with self._on_its_card(Launch.run):
             made = self._sample().make(here, getattr(torch, self.dtype))
         # Channels last and other strides stay as they are.
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
@@ -111,10 +112,6 @@ class SmallCall:
             if sample.label == self.sample:
                 return shrunk(sample, self.images, self.tokens)
         raise ValueError(f"sample: {self.op} has no {self.size} sample {self.sample!r}")
-
-
-def _refuse(launch: Launch) -> None:
-    raise RuntimeError(f"making arguments launches {kernel_name(launch)}")
 
 
 def launchers(op: Op, arch: int) -> dict[str, Callable[..., Any]]:
