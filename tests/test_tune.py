@@ -271,10 +271,12 @@ class Scripted:
                 "again": self.times.get("again", 1.0),
                 "config": self.times.get("config", self.seconds(best)),
             }
-        _, _, given, _ = arguments
+        _, _, given, *_ = arguments
         seconds = self.seconds(given)
         if self.asked[-1] == DEADLY:
             raise Died("the process ended with exit code -6")
+        if self.asked[-1] == DEFAULT and arguments[-1] < self.times.get("excess", 0):
+            return {"ok": False, "why": "error 2, budget 1", "excess": self.times["excess"]}
         if self.asked[-1] == WRONG:
             return {"ok": False, "why": "error 1, budget 0", "lost": True}
         return {"ok": True, "seconds": seconds}
@@ -351,6 +353,16 @@ def test_the_default_stays_where_nothing_is_clearly_faster(
     tuned(path, times)
     (entry,) = read(path)["configs"]
     assert entry["config"] == entry["default"] == asdict(DEFAULT)
+
+
+def test_a_default_beyond_its_budget_is_told_and_tuned(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    _, (row,), failed = tuned(path, {BEST: 0.5, "excess": 2.0})
+    assert row["candidates"][0] == {
+        "config": asdict(DEFAULT), "ok": False, "why": "error 2, budget 1", "excess": 2.0,
+    }  # fmt: skip
+    assert len(failed) == 3
+    assert row["config"] == asdict(BEST)
 
 
 def test_configs_are_tuned_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ again, are timed in turns. An alternative that crashes that process, or hangs, i
 next one finds a new process. What is found is on disk before the next kernel's turn.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +45,8 @@ Configs = Mapping[Key, Any]
 SLOWER = 1.2  # times the default's seconds: what short timings show as far behind
 WIN = 0.02  # of the seconds; a smaller gain isn't worth an entry
 TIMEOUT = 60.0  # seconds for one question, the first of which makes arguments and a reference
-COMPILE_TIMEOUT = 180.0
+COMPILE_TIMEOUT = 60.0
+AS_WRONG = 1.1  # times the default's error, where that is beyond the budget
 LOST = 4  # processes in a row that ended: then the GPU, or all of it, is broken
 
 
@@ -132,17 +134,21 @@ def bench(place: Place, device: str) -> Bench:
     return _bench
 
 
-def measure(place: Place, device: str, configs: Configs, limit: float) -> Row:
+def measure(place: Place, device: str, configs: Configs, limit: float, excess: float) -> Row:
     """Check the call with these configs and time it; {"ok", "seconds"} or {"ok", "why"}.
 
-    limit: seconds above which three timings will do, as "short". An answer with "lost" is the last
-    of this process: the GPU doesn't answer it any more.
+    limit: seconds above which three timings will do, as "short". excess: error over budget that is
+    allowed; above 1 the answer tells it. An answer with "lost" is the last of this process: the GPU
+    doesn't answer it any more.
     """
     on = bench(place, device)
     try:
         verdict = parity(on.run(configs), on.eager, on.exact)
         if not verdict["ok"]:
-            return {"ok": False, "why": verdict.get("why") or _exceeded(verdict)}
+            ratio = verdict["error"] / verdict["budget"] if verdict.get("budget") else math.inf
+            if "why" in verdict or ratio > excess:
+                why = verdict.get("why") or _exceeded(verdict)
+                return {"ok": False, "why": why, "excess": ratio}
         call = partial(on.run, configs)
         quick = Stats.of(on.timer.samples(call, 3)).median
         if quick > limit:
@@ -241,8 +247,12 @@ class Tuner:
         row: Row = {"kind": "config", "kernel": key[0], "bucket": key[1]}
         row |= {"dtype": dtype_name(key[2]), "place": str(question.place)}
         row |= {"default": asdict(default), "candidates": []}
-        first = here({**base, key: default}, float("inf"))
+        excess, first = 1.0, here({**base, key: default}, math.inf, 1.0)
         row["candidates"].append({"config": asdict(default), **first})
+        if not first["ok"] and math.isfinite(first.get("excess", math.inf)):
+            # Which is told, and no reason to launch it slowly.
+            excess = AS_WRONG * first["excess"]
+            first = here({**base, key: default}, math.inf, excess)
         if not first["ok"]:
             return {**row, "why": f"the default: {first['why']}"}
         best, least = default, first["seconds"]
@@ -253,7 +263,7 @@ class Tuner:
             if problems:
                 found: Row = {"ok": None, "why": problems[0][:200]}
             else:
-                found = here({**base, key: config}, SLOWER * first["seconds"])
+                found = here({**base, key: config}, SLOWER * first["seconds"], excess)
             row["candidates"].append({"config": asdict(config), **found})
             if found["ok"] and found["seconds"] < least:
                 best, least = config, found["seconds"]

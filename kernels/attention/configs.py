@@ -180,7 +180,8 @@ def backward_candidates(keys: int, case: Case) -> list[BlockConfig]:
     """Alternatives for the single-pass backward kernel; block_n covers all keys.
 
     Of 256 keys of 64 columns 8 warps hold the accumulators in half of their registers; 4 would
-    spill, and so do 8 with a step of 64 queries (Triton 3.8, sm_90).
+    spill, and so do 8 with a step of 64 queries (Triton 3.6 and 3.8, sm_90). 16 warps, with half of
+    the registers each, do at a step of 32 in two stages only.
     """
     default = backward_config(keys, case)
     if case.dtype == torch.float32 or not case.plain:
@@ -188,11 +189,10 @@ def backward_candidates(keys: int, case: Case) -> list[BlockConfig]:
     return [
         BlockConfig(block_m, default.block_n, warps, stages)
         for block_m in (16, 32, 64)
-        for warps in (4, 8, 16)
+        for warps in (4, 8)
         for stages in (1, 2, 3)
         if default.block_n * max(case.width, 2 * block_m) <= 2048 * warps
-        and (warps < 16 or (default.block_n == 256 and block_m >= 32 and stages < 3))
-    ]
+    ] + ([BlockConfig(32, 256, 16, 2)] if default.block_n == 256 else [])
 
 
 def query_candidates(case: Case) -> list[BlockConfig]:
@@ -208,14 +208,15 @@ def query_candidates(case: Case) -> list[BlockConfig]:
 
 
 def key_candidates(case: Case) -> list[BlockConfig]:
-    """Alternatives for the kernel for dk and dv."""
+    """Alternatives for the kernel for dk and dv; heads above 64 spill at a step of 64 queries."""
     if case.dtype == torch.float32 or not case.plain:
         return variants(key_config(case), {"num_stages": 1}, {"num_stages": 3})
     return [
         BlockConfig(block_m, block_n, warps, stages)
         for block_n, warps in ((64, 4), (128, 8))
-        for block_m in (32, 64)
+        for block_m in (16, 32, 64)
         for stages in (2, 3)
+        if block_m < 64 or case.width <= 64
     ]
 
 
