@@ -19,6 +19,7 @@ from benchmarks._workers import Died, Raised, Worker
 from benchmarks.tune import configs, places
 from vitkern import kernels
 from vitkern.kernels import REGISTRY, _op, _tuned, _verified
+from vitkern.kernels._configs import record
 from vitkern.kernels._launch import intercept
 from vitkern.kernels._norm import forward_candidates, forward_config
 from vitkern.kernels._op import Op, choose
@@ -231,8 +232,8 @@ def test_the_places_of_a_training_step_exist() -> None:
         batch = next(iter(place.case().meta().values())).shape[0]
         assert batch == places.IMAGES, place
         asked = places.looked_at(place, (9, 0), 132, {})
-        assert asked
-        assert all(launches for _, launches in asked)
+        without = [question.key[0] for question, launches in asked if not launches]
+        assert without == (["attention.passes"] if place.op == "attention_backward" else [])
 
 
 @pytest.mark.parametrize("name", ["linear_residual_backward", "norm_linear_backward", "attention"])
@@ -307,7 +308,9 @@ def tuned(
     worker = Scripted(times)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
-    tuner(path, worker, end, rows.append, lambda what, _: failed.append(what)).work([PLACE], again)
+    made = tuner(path, worker, end, rows.append, lambda what, _: failed.append(what))
+    made.chosen |= {} if again else configs.known(made.draft)
+    made.work([PLACE])
     return worker, rows, failed
 
 
@@ -382,7 +385,7 @@ def test_a_broken_gpu_ends_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Scripted, "ask", dead)
     everywhere = list(places.of_samples([LAYER_NORM], "tiny", [torch.float32]))
     made = tuner(tmp_path / "cpu.json", Scripted({}), 60, lambda _: None, lambda *_: None)
-    left = made.work(everywhere, False)
+    left = made.work(everywhere)
     assert made.lost == configs.LOST
     assert left > 0
 
@@ -441,3 +444,55 @@ def test_the_whole_stage_in_processes_of_its_own(
     (row,) = rows
     assert [c["ok"] for c in row["candidates"]] == [True] * 3
     assert len(read(tmp_path / "cpu.json")["configs"]) == 1
+
+
+def test_two_launches_instead_of_one_bring_kernels_of_their_own(tmp_path: Path) -> None:
+    place = places.Place(
+        "attention_backward", "triton", "vit", "B=64 N=197 H=12 d=64", "bfloat16", 4
+    )
+    asked: list[str] = []
+
+    class Two(Scripted):
+        def ask(self, function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+            """Two launches take half of the time; no kernel is faster by another config."""
+            _, _, *given = arguments
+            single = [
+                config.single for key, config in given[0].items() if key[0] == "attention.passes"
+            ]
+            asked.extend(key[0] for key in given[0])
+            if function is configs.compare:
+                return {"default": 1.0, "again": 1.0, "config": 0.5}
+            return {"ok": True, "seconds": 1.0 if single == [True] else 0.5}
+
+    rows: list[dict[str, Any]] = []
+    made = tuner(tmp_path / "cpu.json", Two({}), 60, rows.append, lambda *_: None)
+    made.target, made.processors = (9, 0), 132
+    assert made.work([place]) == 0
+    assert [row["kernel"] for row in rows] == [
+        "attention.passes", "attention.query", "attention.key", "attention.backward",
+    ]  # fmt: skip
+    assert {"attention.query", "attention.key"} <= set(asked)
+    passes, *_ = read(tmp_path / "cpu.json")["configs"]
+    assert passes["config"] == {"single": False}
+
+
+def test_arguments_follow_what_was_asked_as_they_were_made() -> None:
+    sample = "B=2 Q=1 N=5 H=2 d=8"
+    place = places.Place("attention_pool_backward", "triton", "tiny", sample, "float32")
+    case = place.case()
+    saved = REGISTRY["attention_pool_backward"]
+    made = replace(case.sample, derive=next(
+        s.derive for s in saved.samples("vit") if s.derive is not None
+    ))  # fmt: skip
+    bench = configs.Bench(place, CPU, _measure.Timer(CPU))
+    bench.case = replace(case, sample=made)
+    with record() as asked:
+        made.make("cpu", torch.float32)
+    (question,) = asked
+    bench.early = {question.key: question.default}
+    (other,) = question.candidates()
+    assert bench.arguments({})["stats"] is None
+    assert bench.arguments({question.key: other})["stats"] is not None
+    for config in (question.default, other):
+        verdict = _measure.parity(bench.call({question.key: config})(), bench.eager, bench.exact)
+        assert verdict["ok"]

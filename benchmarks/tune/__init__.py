@@ -69,11 +69,13 @@ class Draft:
         now = self.runs[self.number]
         return all(self.runs[run][name] == now[name] for name in SAME)
 
-    def config(self, key: _tuned.Key) -> dict[str, Any] | None:
-        """The launch config that a run like this one has found, by its fields."""
-        words = {"kernel": key[0], "bucket": key[1], "dtype": dtype_name(key[2])}
-        found = [c for c in self.configs if words.items() <= c.items()]
-        return next((c["config"] for c in found if self._like_this(c["run"])), None)
+    def found_configs(self) -> dict[_tuned.Key, dict[str, Any]]:
+        """The launch configs that a run like this one has found, by their fields."""
+        return {
+            (c["kernel"], c["bucket"], _tuned.dtype_of(c["dtype"])): c["config"]
+            for c in self.configs
+            if self._like_this(c["run"])
+        }
 
     def add_config(self, key: _tuned.Key, row: dict[str, Any]) -> None:
         """Write down the launch config that was found, be it the default."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as OutOfTime
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vitkern.kernels import _launch
-from vitkern.kernels._configs import override
+from vitkern.kernels._configs import TUNABLE, override, record
 from vitkern.kernels._error_budget import as_tuple, in_float64, parity
 from vitkern.kernels._op import Op, dtype_name
 from vitkern.kernels._tuned import Key
@@ -99,20 +99,40 @@ def as_launched(job: _offline.Job) -> _offline.Job:
 
 
 class Bench:
-    """One call, its arguments, and what it should return; in the process that has the GPU."""
+    """One call, its arguments, and what it should return; in the process that has the GPU.
+
+    A question may be asked as arguments are made: whether a forward pass saves statistics, say. So
+    arguments are made anew for each answer to those.
+    """
 
     def __init__(self, place: Place, device: torch.device, timer: Timer) -> None:
-        self.place, self.timer = place, timer
-        case = place.case()
+        self.place, self.timer, self.device = place, timer, device
+        self.case, self.made = place.case(), dict[Any, dict[str, Any]]()
+        with record() as asked:
+            arguments = self.case.sample.make(device, self.case.dtype)
+        self.early = {question.key: question.default for question in asked}
         with torch.no_grad():
-            self.arguments = case.sample.make(device, case.dtype)
-            self.eager = as_tuple(case.op.portable(**self.arguments))
-            self.exact = as_tuple(case.op.reference(**in_float64(self.arguments)))
+            self.eager = as_tuple(self.case.op.portable(**arguments))
+            self.exact = as_tuple(self.case.op.reference(**in_float64(arguments)))
 
-    def run(self, configs: Configs) -> tuple[Tensor, ...]:
+    def arguments(self, configs: Configs) -> dict[str, Any]:
+        """Those that are made with these configs."""
+        early = {key: configs.get(key, default) for key, default in self.early.items()}
+        kind = tuple(early.items())
+        if kind not in self.made:
+            with override(early):
+                self.made[kind] = self.case.sample.make(self.device, self.case.dtype)
+        return self.made[kind]
+
+    def call(self, configs: Configs) -> Callable[[], tuple[Tensor, ...]]:
         """The call, with these configs."""
-        with torch.no_grad(), override(configs):
-            return as_tuple(self.place.launcher()(**self.arguments))
+        arguments, launcher = self.arguments(configs), self.place.launcher()
+
+        def run() -> tuple[Tensor, ...]:
+            with torch.no_grad(), override(configs):
+                return as_tuple(launcher(**arguments))
+
+        return run
 
 
 _timers: dict[torch.device, Timer] = {}
@@ -143,13 +163,13 @@ def measure(place: Place, device: str, configs: Configs, limit: float, excess: f
     """
     on = bench(place, device)
     try:
-        verdict = parity(on.run(configs), on.eager, on.exact)
+        call = on.call(configs)
+        verdict = parity(call(), on.eager, on.exact)
         if not verdict["ok"]:
             ratio = verdict["error"] / verdict["budget"] if verdict.get("budget") else math.inf
             if "why" in verdict or ratio > excess:
                 why = verdict.get("why") or _exceeded(verdict)
                 return {"ok": False, "why": why, "excess": ratio}
-        call = partial(on.run, configs)
         quick = Stats.of(on.timer.samples(call, 3)).median
         if quick > limit:
             return {"ok": True, "seconds": quick, "short": True}
@@ -172,7 +192,7 @@ def compare(place: Place, device: str, default: Configs, best: Configs) -> dict[
     """Seconds of the default, of the default again and of the best, timed in turns."""
     on = bench(place, device)
     calls = {"default": default, "again": default, "config": best}
-    runs = {name: partial(on.run, configs) for name, configs in calls.items()}
+    runs = {name: on.call(configs) for name, configs in calls.items()}
     times = on.timer.in_turns(runs, 0.06, 7, 60, ahead=True)
     return {name: Stats.of(seconds).median for name, seconds in times.items()}
 
@@ -216,27 +236,22 @@ class Tuner:
             self.lost = 0
         return row
 
-    def questions(self, places: Iterable[Place], again: bool) -> "Iterator[Question]":
+    def questions(self, places: Iterable[Place]) -> "Iterator[Question]":
         """What is still to be found out there, each only where it is asked first."""
         for place in places:
             try:
-                asked = looked_at(place, self.target, self.processors, {})
+                asked = looked_at(place, self.target, self.processors, self.chosen)
             except Exception as problem:
                 self.fail(str(place), {"why": f"{type(problem).__name__}: {problem}"[:300]})
                 continue
             beside = [question.key for question, _ in asked]
             for question, _ in asked:
                 key, default = question.key, question.default
-                if key in self.chosen:
-                    continue
-                found = None if again else self.draft.config(key)
-                try:
-                    self.chosen[key] = default if found is None else type(default)(**found)
-                except TypeError:  # of another make
-                    found, self.chosen[key] = None, default
                 others = [c for c in dict.fromkeys(question.candidates()) if c != default]
-                if others and found is None:
-                    yield Question(place, beside, key, default, others, self.compiler)
+                if key not in self.chosen:
+                    self.chosen[key] = default
+                    if others:
+                        yield Question(place, beside, key, default, others, self.compiler)
 
     def answer(self, question: "Question") -> Row:
         """Find the fastest config for one question."""
@@ -288,14 +303,11 @@ class Tuner:
         except (Died, Raised) as problem:
             return [f"the compiler: {problem}"]
 
-    def work(self, places: Iterable[Place], again: bool) -> int:
+    def work(self, places: Iterable[Place]) -> int:
         """Answer all questions, in order, until time is up; how many were left."""
-        todo = list(self.questions(places, again))
-        for question in todo:
-            question.compile(self.target, self.processors)
-        for number, question in enumerate(todo):
-            if self.late():
-                return len(todo) - number
+        todo = self.prepared(places)
+        while todo and not self.late():
+            question = todo.pop(0)
             try:
                 row = self.answer(question)
             except Exception as problem:  # one question must not end the run
@@ -308,8 +320,17 @@ class Tuner:
                     self.fail(name, tried)
             if "config" in row:
                 self.draft.add_config(question.key, row)
+                if row["config"] != row["default"]:  # which may have called for other kernels
+                    todo[:0] = self.prepared([question.place])
             print(f"{name}: {in_words(row)}", flush=True)
-        return 0
+        return len(todo)
+
+    def prepared(self, places: Iterable[Place]) -> "list[Question]":
+        """The questions that are asked there; their alternatives are being compiled."""
+        found = list(self.questions(places))
+        for question in found:
+            question.compile(self.target, self.processors)
+        return found
 
 
 @dataclass
@@ -365,6 +386,15 @@ class Compiler:
             worker.close()
 
 
+def known(draft: "Draft") -> dict[Key, Any]:
+    """What a run like this one has found before, so far as those kernels still exist."""
+    found: dict[Key, Any] = {}
+    for key, config in draft.found_configs().items():
+        with suppress(LookupError, TypeError):
+            found[key] = TUNABLE[key[0]].config(**config)
+    return found
+
+
 def in_words(row: Row) -> str:
     """ "-12.3 %, BlockConfig...": what one row says."""
     if "config" not in row:
@@ -398,6 +428,7 @@ def tune(
         compiler = Compiler(processes)
         stack.callback(compiler.close)
         tuner = Tuner(draft, str(device), end, worker, compiler, add, fail)
+        tuner.chosen |= {} if again else known(draft)
         try:
             tuner.target, tuner.processors = worker.ask(describe, str(device), timeout=TIMEOUT)
         except (Died, Raised) as problem:
@@ -409,7 +440,7 @@ def tune(
         else:
             stages = [of_samples(ops, "tiny", [torch.float32])]
         for places in stages:
-            left = tuner.work(places, again)
+            left = tuner.work(places)
             if tuner.lost >= LOST:
                 fail("configs", {"why": f"{LOST} processes in a row were lost"})
             if tuner.late():

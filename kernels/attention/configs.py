@@ -61,6 +61,7 @@ class Case:
     dtype: torch.dtype
     hopper: bool  # tensor cores that read shared memory; before, operands take registers
     plain: bool  # no norm, rotation, mask or varying length, all of which take registers, too
+    device: torch.device
 
 
 MAY_SPILL = "float32, and wide heads or options: our kernels may spill registers"
@@ -95,8 +96,36 @@ def forward_config(case: Case, queries: int, programs: int, sms: int) -> BlockCo
     return BlockConfig(64, 64, 4, 3) if case.width <= 96 else BlockConfig(64, 16, 8, 2)
 
 
+@dataclass(frozen=True)
+class PassConfig:
+    """Whether one launch computes all gradients of a head."""
+
+    single: bool
+
+
+PASSES = tunable("attention.passes", PassConfig)
+
+
 def single_pass(keys: int, case: Case) -> bool:
     """Whether the gradients of a head with so many keys are computed in one launch.
+
+    That is so where it can be, unless two were measured to be faster: 5 products on blocks of keys
+    as long as a power of two, against 7 without the padding. A compiler's graphs have the default.
+    """
+    fits = fits_single_pass(keys, case)
+    if not fits or torch.compiler.is_compiling():
+        return fits
+    return PASSES.pick(
+        PassConfig(True),
+        case.device,
+        case.dtype,
+        lambda: [PassConfig(False)],
+        lambda: {"k": keys, "d": case.width, "plain": case.plain},
+    ).single
+
+
+def fits_single_pass(keys: int, case: Case) -> bool:
+    """Whether one launch can compute the gradients of a head with so many keys.
 
     The accumulators of dk and dv for all keys stay in registers: 256 keys of 64 columns are half of
     a multiprocessor's. More, or what an older card needs for operands, would spill.
@@ -232,4 +261,5 @@ def make_case(qkv: Tensor, options: Options) -> Case:
     extras = (options.q_weight, options.sin, options.key_mask, options.cu_seqlens)
     plain = all(t is None for t in extras)
     first, second, *_ = chunks(qkv.shape[-1], rotated, qkv.dtype)
-    return Case(first + second, qkv.dtype, capability(qkv.device) >= (9, 0), plain)
+    hopper = capability(qkv.device) >= (9, 0)
+    return Case(first + second, qkv.dtype, hopper, plain, qkv.device)
