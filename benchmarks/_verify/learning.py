@@ -5,7 +5,7 @@ same batches, in bfloat16 autocast with float32 weights (AdamW, warm-up, cosine,
 
     eager float32        TF32 off: the curve that all would follow without rounding
     eager                bfloat16
-    eager, nudged 1, 2   the same, from weights that differ by less than bfloat16 can tell
+    eager, nudged 1..3   the same, from weights that differ by less than bfloat16 can tell
     vitkern              bfloat16, each op's implementation as `auto` takes it
 
 Training is chaotic: rounding makes two correct runs drift apart, and Adam hides a gradient that is
@@ -18,6 +18,10 @@ float32's as eager's is.
 The curve. Its distance from float32's (root mean square over the steps, both smoothed) is at most
 twice that of the farthest eager bfloat16 run: those are samples of what correct runs do. This sees
 what three points can't: what happens now and then, or piles up.
+
+Both were tried on a CPU, on small versions, with eager rounded at other places in place of ours:
+of ten seeds of each network none was called wrong (at most 0.8 of the curve's budget, 0.92 of a
+gradient's). Which planted faults are found, and by which half, tests/test_training.py shows.
 
 DropPath drops the same samples in all: it draws alike, and is seeded anew in every step.
 """
@@ -41,8 +45,9 @@ from vitkern.kernels._verified import KERNELS
 
 from .._contest import Row, failure
 
+TRAINING, GRADIENTS = "training", "training gradients"  # kinds of rows
 OURS, EAGER, FLOAT32 = "vitkern", "eager", "eager float32"
-NUDGED = tuple(f"eager, nudged {n}" for n in (1, 2))
+NUDGED = tuple(f"eager, nudged {n}" for n in (1, 2, 3))
 # Ours before the last samples of eager: where time runs out, those are what can be spared.
 ORDER = (FLOAT32, EAGER, NUDGED[0], OURS, *NUDGED[1:])
 EAGERS = (FLOAT32, EAGER, *NUDGED)
@@ -306,6 +311,8 @@ def distance(losses: Sequence[float], others: Sequence[float]) -> float:
 def verdict(courses: Mapping[str, Row], checks: Sequence[Row]) -> Row:
     """What the runs of one task say. ok: None where they don't suffice to tell.
 
+    Few of eager's runs don't: now and then a correct one is four times as far off as others.
+
     Args:
         courses: rows of runs, by impl.
         checks: those of gradients.
@@ -313,14 +320,16 @@ def verdict(courses: Mapping[str, Row], checks: Sequence[Row]) -> Row:
     missing = [impl for impl in (FLOAT32, EAGER, OURS) if not courses.get(impl, {}).get("losses")]
     if missing:
         return {"ok": None, "why": f"no run of {', '.join(missing)}"}
-    losses = {impl: row["losses"] for impl, row in courses.items()}
+    losses = {
+        impl: row["losses"]
+        for impl, row in courses.items()
+        if impl not in NUDGED or len(row["losses"]) == row["steps"]
+    }
     asked, steps = courses[OURS]["steps"], min(map(len, losses.values()))
     exact = {impl: distance(each[:steps], losses[FLOAT32]) for impl, each in losses.items()}
     samples = {impl: found for impl, found in exact.items() if impl not in (OURS, FLOAT32)}
-    allowed, start, end = (
-        FACTOR * max(samples.values()),
-        *smoothed(losses[FLOAT32])[[0, -1]].tolist(),
-    )
+    allowed = FACTOR * max(samples.values())
+    start, end = smoothed(losses[FLOAT32])[[0, -1]].tolist()
     row: Row = {"compared_steps": steps, "distance": exact[OURS], "budget": allowed}
     row |= {"eager_distances": samples, "accuracy": {k: c["accuracy"] for k, c in courses.items()}}
     wrong = [
@@ -329,8 +338,11 @@ def verdict(courses: Mapping[str, Row], checks: Sequence[Row]) -> Row:
         for check in checks
         if not check["ok"]
     ]
+    far = f"the curve is {exact[OURS]:.1e} from float32's, budget {allowed:.1e}"
     if not exact[OURS] <= allowed:  # NaN is no less than anything
-        wrong.append(f"the curve is {exact[OURS]:.1e} from float32's, budget {allowed:.1e}")
+        if not wrong and math.isfinite(exact[OURS]) and len(samples) < len(EAGERS) - 1:
+            return {**row, "ok": None, "why": f"{far} by {len(samples)} of eager's runs"}
+        wrong.append(far)
     if wrong:
         return {**row, "ok": False, "why": "; ".join(wrong)}
     if not checks or steps < asked / 2:
@@ -338,8 +350,8 @@ def verdict(courses: Mapping[str, Row], checks: Sequence[Row]) -> Row:
     if not end < 0.95 * start:
         return {**row, "ok": None, "why": f"float32 learned nothing: loss {start:.3f}, {end:.3f}"}
     near = max(checks, key=lambda check: check["error"] / check["budget"])
-    why = f"curve {exact[OURS]:.1e} from float32's, budget {allowed:.1e}; nearest to its budget, "
-    why += f"the gradient of {near['worst']}: {near['error']:.1e} of {near['budget']:.1e}"
+    why = f"{far}; nearest to its budget, the gradient of {near['worst']}: "
+    why += f"{near['error']:.1e} of {near['budget']:.1e}"
     return {**row, "ok": True, "why": why}
 
 
@@ -375,7 +387,7 @@ def hold(
     """
     data = Data(*(part.to(device) for part in task.data(seed)))
     courses, checks, points = dict(known or {}), [], (0, steps // 2, steps)
-    alike: Row = {"kind": "training", "what": task.what, "seed": seed, "batch": task.batch}
+    alike: Row = {"kind": TRAINING, "what": task.what, "seed": seed, "batch": task.batch}
     alike |= {"steps": steps, "network": str(task)}
     for impl in ORDER:
         if impl in courses or late():
@@ -397,7 +409,7 @@ def hold(
             for step, weights in course.weights.items():
                 with exact_float32():
                     check = gradient_check(task, weights, data, device, seed, build)
-                checks.append({**alike, "impl": "gradients", "step": step, **check})
+                checks.append({**alike, "kind": GRADIENTS, "step": step, **check})
                 yield checks[-1]
         except Exception as problem:
             if impl != OURS:  # no kernel's fault

@@ -28,7 +28,20 @@ from vitkern._device import device_name
 from .._contest import Log, Row, failure
 from .._measure import environment
 from . import learning
-from .learning import EAGER, EAGERS, FACTOR, FLOAT32, NUDGED, OURS, TASKS, WINDOW, Task, distance
+from .learning import (
+    EAGER,
+    EAGERS,
+    FACTOR,
+    FLOAT32,
+    GRADIENTS,
+    NUDGED,
+    OURS,
+    TASKS,
+    TRAINING,
+    WINDOW,
+    Task,
+    distance,
+)
 
 MINUTES = 4.0  # unless told otherwise: a kernel that hangs must not keep the machine
 NEEDS = ("sklearn", "PIL", "matplotlib", "rich")
@@ -49,14 +62,14 @@ def rows_in(results: Path) -> list[Row]:
     for line in results.read_text().splitlines() if results.exists() else ():
         with suppress(json.JSONDecodeError):  # a process was killed as it wrote
             rows.append(json.loads(line))
-    return [row for row in rows if row["kind"] == "training"]
+    return [row for row in rows if row["kind"] in (TRAINING, GRADIENTS)]
 
 
 def runs_before(results: Path, alike: Row) -> dict[str, dict[str, Row]]:
     """By task and impl, whole runs of eager's in a results file in which all of `alike` is so."""
     found: dict[str, dict[str, Row]] = {}
     for row in rows_in(results):
-        whole = row["impl"] in EAGERS and len(row["losses"]) == row["steps"]
+        whole = row.get("impl") in EAGERS and len(row["losses"]) == row["steps"]
         if whole and {key: row.get(key) for key in alike} == alike:
             found.setdefault(row["what"], {})[row["impl"]] = row
     return found
@@ -82,7 +95,7 @@ def _child(
 
 def _ended(what: str, alike: Row, found: Row) -> Row:
     """The verdict on a task that came to none."""
-    return {"kind": "training", "what": what, "impl": "verdict", **alike, **found}
+    return {"kind": TRAINING, "what": what, "impl": "verdict", **alike, **found}
 
 
 def main(
@@ -90,7 +103,7 @@ def main(
     device: torch.device,
     folder: Path,
     minutes: float | None = None,
-    steps: int = 200,
+    steps: int | None = None,
     only: Sequence[str] | None = None,
     toy: bool = False,
     seed: int = 0,
@@ -101,6 +114,7 @@ def main(
 
     Args:
         minutes: what isn't done by then is ended; a little earlier, no step is begun any more.
+        steps: 200 unless given, or of a toy 20.
         toy: on the scale of a CPU.
 
     Returns:
@@ -112,6 +126,8 @@ def main(
     tasks = [learning.rehearsal(task) if toy else task for task in TASKS.values()]
     if unknown := sorted(set(only or ()) - set(TASKS)):
         raise ValueError(f"only: unknown {unknown[0]!r}; expected some of {', '.join(TASKS)}")
+    if steps is None:
+        steps = 20 if toy else 200
     if steps < 2 * WINDOW:
         raise ValueError(f"steps: expected at least {2 * WINDOW}, got {steps}")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -142,7 +158,7 @@ def main(
     def add(row: Row) -> None:
         log.add(row)
         print(_line(row), flush=True)
-        if row["impl"] == "verdict":
+        if row.get("impl") == "verdict":
             verdicts[row["what"]] = row["ok"]
 
     deadline = time.monotonic() + seconds
@@ -176,16 +192,16 @@ def main(
 
 def _line(row: Row) -> str:
     """A row, for who waits."""
-    name = f"{row['what']}, {row['impl']}"
     if "losses" in row:
         losses = row["losses"] or [math.nan]
         text = f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps"
-        return f"{name}: {text}, {row['accuracy']:.1%} right, {row['seconds']:.1f} s"
+        text += f", {row['accuracy']:.1%} right, {row['seconds']:.1f} s"
+        return f"{row['what']}, {row['impl']}: {text}"
     state = {True: "right", False: "WRONG", None: "unknown"}[row["ok"]]
-    if row["impl"] == "verdict":
-        return f"{name}: {state}: {row['why']}"
+    if row["kind"] == TRAINING:
+        return f"{row['what']}, verdict: {state}: {row['why']}"
     figures = f"{row['worst']} off by {row['error']:.1e}, budget {row['budget']:.1e}"
-    return f"{name} at step {row['step']}: {state}: {figures}"
+    return f"{row['what']}, gradients at step {row['step']}: {state}: {figures}"
 
 
 # The picture
@@ -202,7 +218,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from .._report.figures import OTHERS, STYLE
     from .._report.figures import OURS as COLOR
 
-    rows = [row for row in rows if row["kind"] == "training"]
+    rows = [row for row in rows if row["kind"] in (TRAINING, GRADIENTS)]
     tasks = list(dict.fromkeys(row["what"] for row in rows if row.get("losses")))
     if not tasks:
         return
@@ -215,9 +231,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         figure = Figure(figsize=(15, 4.6 * len(tasks)), layout="constrained")
         all_axes = figure.subplots(len(tasks), 3, squeeze=False)
         for (curves, gaps, dots), what in zip(all_axes, tasks, strict=True):
-            mine = {(r["impl"], r.get("step")): r for r in rows if r["what"] == what}
-            runs = {i: r for (i, _), r in mine.items() if r.get("losses") and i in looks}
-            verdict: Row = mine.get(("verdict", None), {"ok": None, "why": "no verdict"})
+            mine = [row for row in rows if row["what"] == what]
+            mine = [row for row in mine if row["steps"] == mine[-1]["steps"]]
+            runs = {row["impl"]: row for row in mine if row.get("losses")}
+            checks = {row["step"]: row for row in mine if row["kind"] == GRADIENTS}
+            verdict: Row = {"ok": None, "why": "no verdict"}
+            for row in mine:
+                verdict = row if row.get("impl") == "verdict" else verdict
             for impl in sorted(runs, key=list(looks).index):
                 run = runs[impl]
                 label = f"{impl}: {run['accuracy']:.1%} of the test right"
@@ -229,9 +249,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     far = distance(run["losses"], runs[FLOAT32]["losses"])
                     label = f"{impl}: RMS {far:.1e}"
                     gaps.plot(next(pair) - next(pair), label=label, **looks[impl])
-            checks = [row for (impl, _), row in mine.items() if impl == "gradients"]
-            pairs = [pair for row in checks for pair in row["errors"].values()]
-            for row, marker in zip(checks, "osD", strict=False):
+            pairs = [pair for row in checks.values() for pair in row["errors"].values()]
+            for row, marker in zip(checks.values(), "osD", strict=False):
                 own, eager = zip(*row["errors"].values(), strict=True)
                 look: dict[str, Any] = {"marker": marker, "alpha": 0.5, "linewidths": 0}
                 dots.scatter(eager, own, 16, COLOR, label=f"at step {row['step']}", **look)
