@@ -44,7 +44,8 @@ Configs = Mapping[Key, Any]
 
 SLOWER = 1.2  # times the default's seconds: what short timings show as far behind
 WIN = 0.02  # of the seconds; a smaller gain isn't worth an entry
-TIMEOUT = 60.0  # seconds for one question, the first of which makes arguments and a reference
+TIMEOUT = 90.0  # seconds for a process to start, and to make a call's arguments and reference
+ANSWER_TIMEOUT = 20.0  # for what comes after that
 COMPILE_TIMEOUT = 60.0
 AS_WRONG = 1.1  # times the default's error, where that is beyond the budget
 LOST = 4  # processes in a row that ended: then the GPU, or all of it, is broken
@@ -166,16 +167,19 @@ def measure(place: Place, device: str, configs: Configs, limit: float, excess: f
         call = on.call(configs)
         verdict = parity(call(), on.eager, on.exact)
         if not verdict["ok"]:
-            ratio = verdict["error"] / verdict["budget"] if verdict.get("budget") else math.inf
-            if "why" in verdict or ratio > excess:
-                why = verdict.get("why") or _exceeded(verdict)
-                return {"ok": False, "why": why, "excess": ratio}
+            if "why" in verdict or not verdict["budget"]:
+                return {"ok": False, "why": verdict.get("why") or _exceeded(verdict)}
+            ratio = verdict["error"] / verdict["budget"]
+            if ratio > excess:
+                return {"ok": False, "why": _exceeded(verdict), "excess": ratio}
         quick = Stats.of(on.timer.samples(call, 3)).median
         if quick > limit:
             return {"ok": True, "seconds": quick, "short": True}
         return {"ok": True, "seconds": on.timer(call, 0.03, 5, 50).median}
     except Exception as problem:
         row: Row = {"ok": False, "why": f"{type(problem).__name__}: {problem}"[:300]}
+        if type(problem).__name__ == "OutOfResources":  # Triton's, before it launches anything
+            row["ok"] = None
         try:
             if on.timer.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -215,6 +219,7 @@ class Tuner:
     processors: int = 0
     lost: int = 0
     chosen: dict[Key, Any] = field(default_factory=dict)
+    ready: Place | None = None  # whose arguments the process has
 
     def late(self) -> bool:
         """Whether time is up, or there is no GPU left to ask."""
@@ -222,18 +227,22 @@ class Tuner:
 
     def ask(self, function: Callable[..., Row], *arguments: Any) -> Row:
         """An answer of the process that has the GPU, whatever becomes of it."""
+        place: Place = arguments[0]
+        same = self.ready is not None and replace(self.ready, impl=place.impl) == place
+        self.ready = None
         try:
-            row = self.worker.ask(function, *arguments, timeout=TIMEOUT)
+            row = self.worker.ask(function, *arguments, timeout=ANSWER_TIMEOUT if same else TIMEOUT)
         except Died as problem:
             self.lost += 1
             return {"ok": False, "why": str(problem)}
-        except Raised as problem:
+        except Raised as problem:  # as arguments were made, say: it may have lost the GPU by that
+            self.worker.close()
             return {"ok": False, "why": str(problem)}
         if row.get("lost"):
             self.worker.close()
             self.lost += 1
         else:
-            self.lost = 0
+            self.lost, self.ready = 0, place
         return row
 
     def questions(self, places: Iterable[Place]) -> "Iterator[Question]":
@@ -264,7 +273,7 @@ class Tuner:
         row |= {"default": asdict(default), "candidates": []}
         excess, first = 1.0, here({**base, key: default}, math.inf, 1.0)
         row["candidates"].append({"config": asdict(default), **first})
-        if not first["ok"] and math.isfinite(first.get("excess", math.inf)):
+        if "excess" in first:
             # Which is told, and no reason to launch it slowly.
             excess = AS_WRONG * first["excess"]
             first = here({**base, key: default}, math.inf, excess)
