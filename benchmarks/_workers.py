@@ -48,16 +48,17 @@ class Worker:
         """
         if self._process is None:
             self._start()
-        assert self._process is not None
+        process, pipe = self._process, self._pipe  # another thread may close both
+        assert process is not None
         try:
-            self._pipe.send((function, arguments))
-            if not self._pipe.poll(timeout):
+            pipe.send((function, arguments))
+            if not pipe.poll(timeout):
                 self.close()
                 raise Died(f"no answer within {timeout:.0f} s")
-            fine, answer = self._pipe.recv()
-        except (EOFError, OSError):
+            fine, answer = pipe.recv()
+        except (EOFError, OSError, TypeError):  # the last of a pipe that was closed meanwhile
             try:
-                code = self._process.wait(5)
+                code = process.wait(5)
             except subprocess.TimeoutExpired:
                 code = None
             self.close()
@@ -80,11 +81,11 @@ class Worker:
 
     def close(self) -> None:
         """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
             self._pipe.close()
-            self._process = None
 
     def __enter__(self) -> "Worker":
         return self
