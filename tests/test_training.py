@@ -22,12 +22,11 @@ DIGITS = learning.rehearsal(TASKS["digits"])
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small():
     for module in training.NEEDS:
         pytest.importorskip(module)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(learning, "BATCHES", 3)
     yield
     torch.set_num_threads(before)
 

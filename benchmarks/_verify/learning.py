@@ -19,9 +19,10 @@ The curve. Its distance from float32's (root mean square over the steps, both sm
 twice that of the farthest eager bfloat16 run: those are samples of what correct runs do. This sees
 what three points can't: what happens now and then, or piles up.
 
-Both were tried on a CPU, on small versions, with eager rounded at other places in place of ours:
-of ten seeds of each network none was called wrong (at most 0.8 of the curve's budget, 0.92 of a
-gradient's). Which planted faults are found, and by which half, tests/test_training.py shows.
+Both were tried on a CPU, on small versions, with eager rounded at other places in place of ours. By
+gradients from 8 batches one run of 23 was called wrong, and by the curve none (at most 0.8 of its
+budget); hence the 24 batches of today. Which planted faults are found, and by which half,
+tests/test_training.py shows.
 
 DropPath drops the same samples in all: it draws alike, and is seeded anew in every step.
 """
@@ -53,7 +54,6 @@ ORDER = (FLOAT32, EAGER, NUDGED[0], OURS, *NUDGED[1:])
 EAGERS = (FLOAT32, EAGER, *NUDGED)
 FACTOR = 2.0  # times what eager is off by
 WINDOW = 10  # steps of the moving mean
-BATCHES = 8  # in which gradients are looked at
 
 
 class Data(NamedTuple):
@@ -67,13 +67,19 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One network and what it learns. rate: the highest of the schedule. data: by seed."""
+    """One network and what it learns.
+
+    rate: the highest of the schedule. data: by seed. looks: batches in which gradients are held
+    against float32's; of 8, an unlucky half made a correct gradient 2.1 times as wrong as eager's,
+    where of 32 none was more than 1.3 times.
+    """
 
     what: str
     config: Mapping[str, Any]
     batch: int
     rate: float
     data: Callable[[int], Data]
+    looks: int = 24
 
     def __str__(self) -> str:
         """ "12 blocks of 768, 224 px"."""
@@ -125,10 +131,10 @@ TASKS = {
 def rehearsal(task: Task) -> Task:
     """The same on a scale for a CPU."""
     if task.what == "digits":
-        return replace(task, batch=64)
+        return replace(task, batch=64, looks=4)
     small = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 2}
     data = partial(photographs, size=64, count=256)
-    return replace(task, config={**task.config, **small}, batch=32, rate=2e-3, data=data)
+    return replace(task, config={**task.config, **small}, batch=32, rate=2e-3, data=data, looks=4)
 
 
 # One run
@@ -272,7 +278,7 @@ def gradient_check(
     """
     models = {impl: build(task, impl, weights, device) for impl in (OURS, EAGER, FLOAT32)}
     found: dict[str, list[tuple[float, float]]] = {}
-    order = schedule(len(data.images), task.batch, BATCHES, seed + 1).to(device)
+    order = schedule(len(data.images), task.batch, task.looks, seed + 1).to(device)
     for number, chosen in enumerate(order):
         grads = []
         for impl, model in models.items():
