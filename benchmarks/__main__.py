@@ -6,6 +6,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,12 +103,14 @@ def parser() -> argparse.ArgumentParser:
     )
     names.add_argument("--missing", action="store_true", help="only what FILE lacks")
 
+    _add_verify(commands)
+
     gpu = commands.add_parser(
         "gpu",
-        help="everything that needs an NVIDIA GPU: tests, parity, times, tuning",
-        description="Run the GPU tests, hold every kernel against float64, time models and ops "
-        "beside all peers that are installed, and tune, the most valuable first. Exit code 0: "
-        "all is right; 1: something is wrong; 2: there is no GPU.",
+        help="everything that needs an NVIDIA GPU: tests, checks, times, tuning",
+        description="Run the GPU tests, verify every kernel, time models and ops beside all peers "
+        "that are installed, and tune, the most valuable first. Exit code 0: all is right; 1: "
+        "something is wrong; 2: there is no GPU.",
     )
     gpu.add_argument("--minutes", type=float, default=10, help="time budget, default: %(default)s")
     gpu.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="DIR")
@@ -115,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
         "--steps",
         nargs="+",
         metavar="STEP",
-        help="of native tests selfcheck models ops tune models-compiled ops-compiled "
-        "models-rest ops-rest (default: all)",
+        help="of native tests kernels sanitizer training models ops tune profile-base "
+        "profile-large models-compiled ops-compiled models-rest ops-rest (default: all)",
     )
     gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
 
@@ -135,6 +138,83 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument("--again", action="store_true", help="measure anew what stands in the table")
     tune.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
     return top
+
+
+def _add_verify(commands: Any) -> None:
+    """``verify`` and the kinds of it."""
+    verify = commands.add_parser(
+        "verify",
+        help="on a GPU: every kernel against float64, under compute-sanitizer, in training",
+        description="Verify kernels on a GPU. Results go to results.jsonl in the folder of --out, "
+        "a line each, at once; what stands there, of the same source, isn't done again. Exit code "
+        "0: all is right; 1: something is wrong; 2: it couldn't run here, or not to the end.",
+    )
+    kinds = verify.add_subparsers(dest="kind", required=True, metavar="WHAT")
+    texts = {
+        "kernels": "every kernel against float64: memory poisoned, equal to the bit when repeated",
+        "sanitizer": "NVIDIA's compute-sanitizer over every kernel and launch config",
+        "training": "digits and ViT-B/16 on photographs, beside eager PyTorch",
+    }
+    parsers = {}
+    for name, text in texts.items():
+        parsers[name] = kind = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        kind.add_argument("--out", type=Path, default=Path("build/verify"), metavar="DIR")
+        kind.add_argument("--minutes", type=float, help="time budget (default: none)")
+        kind.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
+    for name in ("kernels", "sanitizer"):
+        parsers[name].add_argument("--op", nargs="+", help="these ops only (default: all)")
+        parsers[name].add_argument(
+            "--processes", type=int, help="at a time (default: two fewer than there are cores)"
+        )
+    parsers["kernels"].add_argument(
+        "--repeats", type=int, default=100, help="of each call, default: %(default)s"
+    )
+    parsers["kernels"].add_argument(
+        "--size", nargs="+", choices=["tiny", "vit"], default=["tiny"],
+        help="of samples: odd shapes, those of real models; default: tiny",
+    )  # fmt: skip
+    parsers["sanitizer"].add_argument(
+        "--tool", nargs="+", help="of memcheck racecheck initcheck synccheck (default: all)"
+    )
+    parsers["training"].add_argument("--steps", type=int, help="default: 200")
+    parsers["training"].add_argument("--only", nargs="+", metavar="NETWORK", help="default: both")
+    parsers["training"].add_argument("--toy", action="store_true", help=argparse.SUPPRESS)
+    kinds.add_parser("page", help="write docs/verification.md anew from benchmarks/results")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import torch
+
+    if options.kind == "page":
+        from ._verify import page
+
+        return page.main()
+    device, results = torch.device(options.device), options.out / "results.jsonl"
+    if options.kind == "kernels":
+        from ._verify import kernels
+
+        return kernels.main(
+            results,
+            options.out / "tuned.json",
+            device,
+            options.op,
+            options.repeats,
+            options.minutes,
+            options.processes,
+            options.size,
+        )
+    if options.kind == "sanitizer":
+        from ._verify import sanitizer
+
+        tools = options.tool or sanitizer.TOOLS
+        return sanitizer.main(
+            results, device, options.op, tools, options.minutes, options.processes
+        )
+    from ._verify import training
+
+    return training.main(
+        results, device, options.out, options.minutes, options.steps, options.only, options.toy
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,6 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
             path, memory = options.markdown, options.memory * 1e9
             chosen, depth, full = options.pattern, options.depth, options.full
             return _names.main(chosen, depth, full, path, memory, options.missing)
+        if options.command == "verify":
+            return _verify(options)
         if options.command == "gpu":
             import torch
 

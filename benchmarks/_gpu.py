@@ -1,15 +1,16 @@
 """Everything that needs a GPU, in one command: the most valuable first, all of it written at once.
 
-Correctness comes first: the GPU tests, then every kernel against float64. Then the times of the
-models and the ops of the small grid, the tuner, and the grids with compilers and of all the rest
-with what time remains. Each step
-is a process of its own with a share of the time, so that one that hangs or crashes takes nothing
-with it. Nothing is installed, and nothing is asked of a network; what is missing is left out, and
+Correctness comes first: the GPU tests, every kernel against float64, NVIDIA's compute-sanitizer,
+training beside eager. Then the times of the models and the ops of the small grid, the tuner, where
+a training step's time goes, and the grids with compilers and of all the rest with what time
+remains. Each step is a process of its own with a share of the time, so that one that hangs or
+crashes takes nothing with it; those of the first kind use all cores, since what takes long there is
+compiling. Nothing is installed, and nothing is asked of a network; what is missing is left out, and
 said so.
 
 Into the folder go results.jsonl (every result, a line each), steps.log (what the steps printed),
-tests.xml, tuned.json (the tuner's table) and report.md; ``python -m benchmarks report`` draws the
-pictures of results.jsonl anywhere.
+tests.xml, tuned.json (the tuner's table), training.png and report.md; ``python -m benchmarks
+report`` draws the other pictures from results.jsonl anywhere.
 """
 
 import os
@@ -46,7 +47,8 @@ class Step:
 
     share: of the time, against those of the other steps; what one leaves over goes to the next.
     argv: what Python is given, for a step of so many seconds. needs: modules and programs without
-    which it is left out. good: exit codes of success. variables: of its environment.
+    which it is left out. good: exit codes of success. not_run: those that say that it couldn't, or
+    not to the end. variables: of its environment.
     """
 
     what: str
@@ -54,6 +56,7 @@ class Step:
     argv: Callable[[float], list[str]]
     needs: tuple[str, ...] = ()
     good: tuple[int, ...] = (0,)
+    not_run: tuple[int, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self) -> list[str]:
@@ -81,9 +84,32 @@ def steps(folder: Path, device: str) -> list[Step]:
 
     tests = "tests/test_gpu.py" if toy else "tests"
     tests_argv = [*pytest, tests, "-m", "gpu", f"--junitxml={folder / 'tests.xml'}"]
+    if find_spec("xdist") and not toy:
+        # A test takes milliseconds, and to compile its kernels seconds; those that need much of the
+        # card's memory are one group, so that they take turns.
+        tests_argv += ["-n", str(max(1, min(16, (os.cpu_count() or 1) - 2))), "--dist=loadgroup"]
+        tests_argv += ["--max-worker-restart=1000"]
+        if find_spec("pytest_timeout"):  # a kernel that waits for ever costs one worker, not all
+            tests_argv += ["--timeout=200", "--timeout-method=thread"]
     few = ["--op", "layer_norm"] if toy else []
-    check_argv = ["-m", "vitkern", "selfcheck", "--device", device, *few]
-    check_argv += ["--dtype", "float32"] if toy else []
+
+    def verify(what: str, share: float, *options: str) -> Step:
+        argv = ["-m", "benchmarks", "verify", what, "--out", str(folder), "--device", device]
+        return Step(
+            what,
+            share,
+            lambda seconds: [*argv, *options, f"--minutes={0.95 * seconds / 60:.3f}"],
+            not_run=(2,),
+            # On a CPU kernels can only be interpreted.
+            variables={"TRITON_INTERPRET": "1" if toy else "0"},
+        )
+
+    def profile(model: str, batch: int) -> Step:
+        argv = ["-m", "vitkern", "profile", "vit_tiny_patch16_224" if toy else model]
+        argv += ["--batch", str(1 if toy else batch), "--out", str(folder / f"profile-{model}")]
+        argv += ["--device", device, *([] if toy else ["--precision", "autocast"])]
+        return Step(f"profile-{model.split('_')[1]}", 3, lambda _: argv, needs=("matplotlib",))
+
     tune_argv = ["-m", "benchmarks", "tune", "--device", device, *few]
     tune_argv += ["--out", str(folder / "tuned.json")]
     return [
@@ -95,16 +121,14 @@ def steps(folder: Path, device: str) -> list[Step]:
             variables={"VITKERN_NATIVE": "1", "VITKERN_CUDA": "1"},
         ),
         Step("tests", 20, lambda _: tests_argv, needs=("pytest",), good=NOTHING_FAILED),
-        # On a CPU kernels can only be interpreted.
-        Step(
-            "selfcheck",
-            5,
-            lambda _: check_argv,
-            variables={"TRITON_INTERPRET": "1" if toy else "0"},
-        ),
+        verify("kernels", 12, *few, *(["--repeats", "2"] if toy else ["--size", "tiny", "vit"])),
+        verify("sanitizer", 15, *few),
+        verify("training", 8, *(["--toy", "--only", "digits"] if toy else [])),
         bench("models", "small", 25),
         bench("ops", "small", 15),
         Step("tune", 15, lambda s: [*tune_argv, "--minutes", f"{0.9 * s / 60:.3f}"]),
+        profile("vit_base_patch16_224", 256),
+        profile("vit_large_patch16_224", 128),
         bench("models", "compiled", 15),
         bench("ops", "compiled", 5),
         bench("models", "rest", 10),
@@ -153,7 +177,8 @@ def run(step: Step, seconds: float, output: IO[str]) -> Row:
     except BaseException:
         _stop(process)
         raise
-    return {"ok": code in step.good, "why": f"exit code {code}; see steps.log"}
+    ok = None if code in step.not_run else code in step.good
+    return {"ok": ok, "why": f"exit code {code}; see steps.log"}
 
 
 def mistakes(folder: Path, what: str) -> str:

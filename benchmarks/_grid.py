@@ -45,16 +45,17 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
     if device.type == "cuda":
         small = [
             Setting(BASE, batch, step, AUTOCAST)
-            for batch, step in ((128, "train"), (128, "forward"), (1, "forward"))
+            for batch, step in ((256, "train"), (256, "forward"), (1, "forward"))
         ]
         small += [
             Setting(BASE, batch, step, AUTOCAST, graph=True)
-            for batch, step in ((1, "forward"), (128, "train"))
+            for batch, step in ((1, "forward"), (256, "train"))
         ]
-        small += [Setting(BASE, 128, step, BFLOAT16) for step in STEPS]
+        small += [Setting(LARGE, 256, step, AUTOCAST) for step in ("train", "forward")]
+        small += [Setting(BASE, 256, step, BFLOAT16) for step in STEPS]
         small += [
-            Setting(name, 128, step, AUTOCAST)
-            for name, step in product((SMALL, LARGE, HUGE), ("train", "forward"))
+            Setting(name, 128 if name == HUGE else 256, step, AUTOCAST)
+            for name, step in product((SMALL, HUGE), ("train", "forward"))
         ]
         every = product(
             (AUTOCAST, BFLOAT16, FLOAT32),
@@ -76,7 +77,7 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
         return small
     if grid == "compiled":
         if device.type == "cuda":
-            return [*small[:3], Setting(LARGE, 128, "train", AUTOCAST)]
+            return [*small[:3], Setting(LARGE, 256, "train", AUTOCAST)]
         return [COMPILED, Setting(TINY, 4, "train")]
     full = [
         Setting(name, batch, step, precision, side)

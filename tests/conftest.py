@@ -29,6 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "slow" in item.keywords)  # a time budget must not cut off the rest
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    """A worker whose CUDA context is broken makes way for a new one: all that follows would fail."""
+    report = yield
+    if GPU and report.failed and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            print(f"{item.nodeid}\n{report.longreprtext}", file=sys.stderr, flush=True)
+            os._exit(1)
+    return report
+
+
 @pytest.fixture(
     params=[
         pytest.param("cpu", id="interpreter"),

@@ -844,7 +844,7 @@ def test_the_gpu_command_goes_on_after_a_failure(
 def test_the_gpu_commands_steps_begin_with_what_is_right() -> None:
     every = _gpu.steps(Path("out"), "cuda")
     names = [step.what for step in every]
-    assert names.index("tests") < names.index("selfcheck") < names.index("models")
+    assert names.index("tests") < names.index("kernels") < names.index("models")
     assert names.index("tune") < names.index("models-rest")
     for step in every:
         assert all(isinstance(word, str) for word in step.argv(60.0))

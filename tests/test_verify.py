@@ -398,4 +398,4 @@ def test_files_are_read(tmp_path: Path) -> None:
 
 def test_the_page_is_what_the_results_say() -> None:
     made = page.page(page.recorded())
-    assert page.PAGE.read_text() == made, "make it anew: python -m benchmarks verification"
+    assert page.PAGE.read_text() == made, "make it anew: python -m benchmarks verify page"

@@ -48,7 +48,7 @@ LAST = 10  # losses whose mean stands for the end of a curve
 HEAD = """\
 # What was verified on GPUs
 
-Made by `python -m benchmarks verification` of the results kept in `benchmarks/results/`.
+Made by `python -m benchmarks verify page` of the results kept in `benchmarks/results/`.
 """
 
 HOW = """\
@@ -92,7 +92,7 @@ One command does all of it on a machine with an NVIDIA GPU, and needs no network
     make gpu MINUTES=15 OUT=build/gpu PYTHON=python3
 
 Copy `build/gpu/results.jsonl` to `benchmarks/results/<device>/<date>.jsonl`, and make this page
-anew: `python -m benchmarks verification`.
+anew: `python -m benchmarks verify page`.
 """
 
 
@@ -326,6 +326,6 @@ def write(path: Path = PAGE, folder: Path = RESULTS) -> bool:
 
 
 def main() -> int:
-    """``python -m benchmarks verification``: make docs/verification.md anew; the exit code, 0."""
+    """``python -m benchmarks verify page``: make docs/verification.md anew; the exit code, 0."""
     print(f"{PAGE.name}: " + ("written" if write() else "nothing new"))
     return 0
