@@ -11,8 +11,8 @@ table that costs a launch less than a microsecond. The table of the real card co
 where a tool makes configs for another one (`_launch.intercept`).
 
 `candidates` are the alternatives next to the default that the tuner tries, and all that a table may
-choose from: each obeys what its kernel demands of a tile, and compiles for that card without
-spilling. An entry for rows of about the same number counts too, if it replaced the same default.
+choose from: each obeys what its kernel demands of a tile, and was seen to compile without spilling
+for the shapes of ViTs. An entry for rows of about the same number counts too, if it replaced the same default.
 What is no candidate any more, and what names a kernel or a field that is gone, is left alone with
 one warning.
 

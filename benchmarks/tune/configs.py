@@ -172,7 +172,8 @@ def measure(place: Place, device: str, configs: Configs, limit: float, excess: f
             ratio = verdict["error"] / verdict["budget"]
             if ratio > excess:
                 return {"ok": False, "why": _exceeded(verdict), "excess": ratio}
-        quick = Stats.of(on.timer.samples(call, 3)).median
+        # The queue ahead of the card, as where it is timed properly: else launches would count.
+        quick = Stats.of(on.timer.samples(call, 3, on.timer._host_seconds(call))).median
         if quick > limit:
             return {"ok": True, "seconds": quick, "short": True}
         return {"ok": True, "seconds": on.timer(call, 0.03, 5, 50).median}
