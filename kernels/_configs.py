@@ -12,9 +12,9 @@ where a tool makes configs for another one (`_launch.intercept`).
 
 `candidates` are the alternatives next to the default that the tuner tries, and all that a table may
 choose from: each obeys what its kernel demands of a tile, and was seen to compile without spilling
-for the shapes of ViTs. An entry for rows of about the same number counts too, if it replaced the same default.
-What is no candidate any more, and what names a kernel or a field that is gone, is left alone with
-one warning.
+for shapes of ViTs. An entry for rows of about the same number counts too, if it replaced the same
+default. What is no candidate any more, and what names a kernel or a field that is gone, is left
+alone with one warning.
 
 What is guaranteed: an entry is written only after the kernel, so launched, kept within the error
 budget on the tuned shape in float64's eyes. The self-check (``_verified.py``) is of small samples,

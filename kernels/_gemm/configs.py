@@ -86,8 +86,8 @@ def product_config(rows: int, columns: int, work: Work) -> ProductConfig:
         found = persistent.best(rows, columns, work.sms)
         return ProductConfig(**asdict(found.tile), resident=found.resident)
     if work.dtype == torch.float32:  # FMA units or TF32; the operands are twice as wide
-        if work.aligned:
-            return ProductConfig(64, 64, 16, 8, 2)
+        if work.aligned:  # with 8 warps a slope in TF32 spills four registers
+            return ProductConfig(64, 64, 16, 4 if work.prologue == "slope" else 8, 2)
         return ProductConfig(32, 64, 16, 4 if work.prologue == "norm" else 8, 2)
     if not work.aligned:  # an address for each value takes registers
         return ProductConfig(64, 64, 32, 8, 2)
@@ -129,7 +129,10 @@ def product_candidates(work: Work) -> list[ProductConfig]:
         *variants(square, {"block_k": 32}, {"block_k": 32, "num_stages": 4}),
     ]
     if work.target < (9, 0):
-        return [*ordinary, *variants(square, {"block_k": 32, "group": 4})]
+        # Operands wait in registers there; behind a slope, steps of 64 spill (Triton 3.8).
+        deep = 32 if work.prologue == "slope" else 64
+        ordinary += variants(square, {"block_k": 32, "group": 4})
+        return [config for config in ordinary if config.block_k <= deep]
     wide = ProductConfig(128, 256, 64, 8, 3, parts=4)
     ordinary += [square, replace(square, num_stages=4)]
     if work.prologue != "slope":
