@@ -468,7 +468,10 @@ def _key(
     tensors: tuple[Tensor | None, ...], bucket: Callable[[], str] | None
 ) -> str | tuple[tuple[int, ...] | None, ...]:
     """For a table: the bucket of a call, or the shapes that make it."""
-    return bucket() if bucket else tuple([None if t is None else t.shape for t in tensors])
+    # Not `if bucket`: PyTorch 2.11's compiler knows no truth of a function.
+    return (
+        bucket() if bucket is not None else tuple([None if t is None else t.shape for t in tensors])
+    )
 
 
 def _sizes_are_known(tensors: Iterable[Tensor | None]) -> bool:

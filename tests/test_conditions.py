@@ -382,9 +382,10 @@ def test_wrapped_for_many_gpus(wrapper: str) -> None:
 class TestLargeLinears:
     """More than 2^31 elements, and more programs than axes 1 and 2 of a grid can count."""
 
-    @pytest.mark.parametrize("impl", ["triton", "cublas"])
-    def test_rows_far_apart(self, impl: str, kernel_device: str) -> None:
-        """Two rows 2^31 values apart; memory that is never touched costs nothing."""
+    def test_rows_far_apart(self, kernel_device: str) -> None:
+        """Two rows 2^31 values apart, which PyTorch's own products refuse; memory that is never
+        touched costs nothing.
+        """
         if kernel_device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
             pytest.skip("needs 5 GB of GPU memory")
         storage = torch.empty(2**31 + 64, dtype=torch.float16, device=kernel_device)
@@ -395,9 +396,9 @@ class TestLargeLinears:
         bias = gain = torch.ones(64).to(far)
         far.copy_(near)
         for call in (
-            lambda x, w: linear_act(x, w, bias, activation="gelu", impl=impl),
-            lambda x, w: norm_linear(x, w, bias, gain, bias, impl=impl),
-            lambda x, w: linear_residual(x, w, bias, x, impl=impl),
+            lambda x, w: linear_act(x, w, bias, activation="gelu", impl="triton"),
+            lambda x, w: norm_linear(x, w, bias, gain, bias, impl="triton"),
+            lambda x, w: linear_residual(x, w, bias, x, impl="triton"),
         ):
             found = []
             for x in (far, near):

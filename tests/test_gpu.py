@@ -86,13 +86,17 @@ def test_captured_in_a_cuda_graph() -> None:
 
 
 def test_auto_takes_the_kernels() -> None:
+    """Where nothing was measured."""
     model = vitkern.ViT(
-        img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2, device="cuda"
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, device="cuda"
     )
-    rows = vitkern.explain(model, torch.randn(2, 3, 32, 32, device="cuda")).rows
+    with torch.autocast("cuda", torch.bfloat16):
+        rows = vitkern.explain(model, torch.randn(2, 3, 32, 32, device="cuda")).rows
     taken = {row.op: row.implementation for row in rows}
-    ours = ("patch_embed", "layer_norm", "add_layer_norm", "attention")
-    assert [taken[op] for op in ours] == ["triton"] * 4
+    if "not measured" not in " ".join(row.why for row in rows):
+        pytest.skip("this card has a table of measurements")
+    ours = ("patch_embed", "norm_linear", "attention", "linear_residual", "layer_norm")
+    assert {op: taken.get(op) for op in ours} == dict.fromkeys(ours, "triton")
 
 
 @pytest.mark.parametrize("tokens", [50, 300])
