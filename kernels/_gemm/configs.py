@@ -119,7 +119,8 @@ def product_candidates(work: Work) -> list[ProductConfig]:
     small = [ProductConfig(*tile) for tile in [(64, 64, 64, 4, 3), (64, 64, 32, 4, 4)]]
     tall = ProductConfig(128, 64, 32, 8, 3)
     if work.pair:
-        return [*small, *variants(tall, {}, {"num_stages": 4}, {"block_k": 64}, {"group": 4})]
+        pairs = [*small, *variants(tall, {}, {"num_stages": 4}, {"block_k": 64}, {"group": 4})]
+        return [c for c in pairs if c.block_k == 32 or work.target >= (9, 0)]  # else they spill
     square = ProductConfig(128, 128, 64, 8, 3, parts=2)
     flat = ProductConfig(64, 128, 64, 4, 3, parts=2)
     ordinary = [

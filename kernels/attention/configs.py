@@ -188,7 +188,7 @@ def forward_candidates(case: Case) -> list[BlockConfig]:
         small,
         *({"num_stages": n} for n in (2, 3, 4)),
         {"block_n": 32, "num_stages": 3},
-        {"block_n": 128},
+        *([{"block_n": 128}] if case.hopper or case.width <= 64 else []),
         {"num_warps": 8},
     )
     if case.hopper and case.width <= 96:
@@ -225,19 +225,26 @@ def backward_candidates(keys: int, case: Case) -> list[BlockConfig]:
 
 
 def query_candidates(case: Case) -> list[BlockConfig]:
-    """Alternatives for the kernel for dq."""
+    """Alternatives for the kernel for dq.
+
+    On sm_80 steps of 64 keys spill, and so do wide heads with 4 warps.
+    """
     if case.dtype == torch.float32 or not case.plain:
         return variants(query_config(case), {"num_stages": 1}, {"num_stages": 3})
     return [
         BlockConfig(block_m, block_n, warps, stages)
         for block_m, warps in ((64, 4), (128, 8))
-        for block_n in (32, 64)
+        for block_n in ((32, 64) if case.hopper else (32,))
         for stages in (2, 3)
+        if case.hopper or warps == 8 or case.width <= 96
     ]
 
 
 def key_candidates(case: Case) -> list[BlockConfig]:
-    """Alternatives for the kernel for dk and dv; heads above 64 spill at a step of 64 queries."""
+    """Alternatives for the kernel for dk and dv.
+
+    Heads above 64 spill at a step of 64 queries; on sm_80 any do at one of 32 with 4 warps.
+    """
     if case.dtype == torch.float32 or not case.plain:
         return variants(key_config(case), {"num_stages": 1}, {"num_stages": 3})
     return [
@@ -245,7 +252,7 @@ def key_candidates(case: Case) -> list[BlockConfig]:
         for block_n, warps in ((64, 4), (128, 8))
         for block_m in (16, 32, 64)
         for stages in (2, 3)
-        if block_m < 64 or case.width <= 64
+        if block_m <= (4 * warps if not case.hopper else 64 if case.width <= 64 else 32)
     ]
 
 
