@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from benchmarks import _gpu
+from benchmarks.__main__ import parser
 from vitkern.checkpoint import FORMATS
 from vitkern.model.config import RESAMPLINGS, ViTConfig
 
@@ -31,3 +33,13 @@ def test_every_file_of_the_network_is_in_the_plan() -> None:
     for path in [*folder.glob("[!_]*.py"), *(folder / "model").glob("[!_]*.py")]:
         if path.stem not in ("demo", "maps", "eager", "explain", "selfcheck"):
             assert path.name in plan, path.name
+
+
+def test_every_step_of_the_gpu_command_is_listed() -> None:
+    steps = [step.what for step in _gpu.steps(Path("out"), "cuda")]
+    table = (DOCS.parent / "CONTRIBUTING.md").read_text().partition("| steps | |")[2]
+    cells = re.findall(r"^\| (`.*?`) \|", table.partition("\n\n")[0], re.M)
+    assert [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)] == steps
+    commands = parser()._subparsers._group_actions[0].choices
+    (option,) = (a for a in commands["gpu"]._actions if a.dest == "steps")
+    assert option.help == f"of {' '.join(steps)} (default: all)"

@@ -121,7 +121,7 @@ def selfcheck(options: argparse.Namespace) -> int:
     """hold every kernel against float64 on this GPU; exit code 1 if one is wrong"""
     dtypes = None if options.dtype is None else [getattr(torch, name) for name in options.dtype]
     try:
-        report = vitkern.selfcheck(options.op, dtypes, options.device)
+        report = vitkern.selfcheck(options.op, dtypes, options.device, options.repeats)
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -136,6 +136,8 @@ def selfcheck_options(parser: argparse.ArgumentParser) -> None:
     names = [dtype_name(dtype) for dtype in KERNEL_DTYPES]
     add("--dtype", nargs="+", choices=names, help="these dtypes only (default: all)")
     add("--device", type=device, help="cuda, cuda:N, or cpu for Triton's interpreter")
+    text = "of each call, whose results must have the same bits (default: 1)"
+    add("--repeats", type=int, default=1, metavar="N", help=text)
 
 
 def profile(options: argparse.Namespace) -> int:
