@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.test_conditions import TRITON, hold
 from vitkern.kernels import REGISTRY, _verified
 from vitkern.kernels._op import Op
-from vitkern.kernels._triton import INTERPRET
+from vitkern.kernels._product import round_to_tf32
+from vitkern.kernels._triton import INTERPRET, jit, tl
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="an emulation beside the real thing")
 
@@ -28,10 +30,8 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
 CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
 
-# Ops with products. What fails here is predicted to be wrong on a card in TF32; whoever mends a
-# kernel takes its op out of this list.
+# Ops with products.
 OPS = [op for op in REGISTRY.values() if op.launcher and "layer_norm" not in op.name]
-TRUNCATING = {op.name for op in OPS}
 
 
 def truncated(t: Tensor) -> Tensor:
@@ -109,20 +109,39 @@ def test_kernels_in_ieee_precision_are_left_alone(op: Op, monkeypatch: pytest.Mo
         assert _verified.check(op, "triton", torch.float32, CPU, using, precision="ieee").ok
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        pytest.param(
-            op,
-            marks=[pytest.mark.xfail(reason="tl.dot truncates what eager rounds", strict=True)]
-            if op.name in TRUNCATING
-            else [],
-            id=op.name,
-        )
-        for op in OPS
-    ],
-)
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_kernels_in_tf32(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     with emulated(monkeypatch):
         verdict = in_tf32(op)
     assert verdict.ok, verdict
+
+
+def test_a_network_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    with emulated(monkeypatch), _verified.float32_products("tf32"):
+        hold(TRITON, "cpu", "float32")
+
+
+@jit
+def _round(x, out, N: tl.constexpr, PRECISION: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(out + n, round_to_tf32(tl.load(x + n), PRECISION))
+
+
+def test_operands_are_rounded_to_the_nearest() -> None:
+    """Any bits but NaN's as PTX's cvt.rna rounds them; a NaN stays one, GPUs' own above all."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (1024,), generator=generator).to(torch.int32)
+    limits = [0x0, 0x1, 0xFFF, 0x1000, 0x7F7FFFFF, 0x7F800000, 0x7FC00000, 0x7FFFFFFF]
+    bits[: 2 * len(limits)] = torch.tensor([*limits, *(n - 2**31 for n in limits)])
+    x = bits.view(torch.float32)
+    found = {precision: torch.empty_like(x) for precision in ("tf32", "ieee")}
+    for precision, out in found.items():
+        _round[(1,)](x, out, x.numel(), precision)
+    assert found["ieee"].view(torch.int32).equal(bits)
+    number = ~x.isnan()
+    assert found["tf32"].isnan().equal(~number)
+    assert found["tf32"][number].equal(rounded(x)[number])
+    assert found["tf32"][x.isinf()].equal(x[x.isinf()])
+    half = torch.arange(16, dtype=torch.float16)
+    _round[(1,)](half, out := torch.empty_like(half), 16, "tf32")
+    assert out.equal(half)

@@ -22,6 +22,7 @@ No atomics: every partial sum has a place of its own, and they are added in a fi
 # Triton has no types to give its kernels:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from .._product import product
 from .._triton import jit, tl
 from .activation import derive
 from .forward import place_tile, take_columns
@@ -91,7 +92,7 @@ def input_grad_kernel(
             gain = tl.load(layer_scale + n, mask=n < N, other=0.0).to(tl.float32)
             g = g.to(tl.float32) * gain[None, :]
         w = tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], mask=w_mask, other=0.0)
-        acc = tl.dot(g.to(dtype), w, acc, input_precision=PRECISION)
+        acc = product(g.to(dtype), w, acc, PRECISION)
 
     WIDTH: tl.constexpr = BLOCK_K // PARTS
     for part in tl.static_range(PARTS):
@@ -167,7 +168,7 @@ def weight_grad_kernel(
         m_mask = (m < M)[:, None]
         g = tl.load(dz + (m * dz_m)[:, None] + n[None, :], mask=m_mask & n_mask[None, :], other=0.0)
         x = tl.load(a + (m * a_m)[:, None] + k[None, :], mask=m_mask & k_mask[None, :], other=0.0)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        acc = product(tl.trans(g), x, acc, PRECISION)
         if bias_partial is not None and tile_k == 0:
             total += tl.sum(g.to(tl.float32), axis=0)
     row = (split * N + n).to(tl.int64)

@@ -13,6 +13,7 @@ the kernel which wrote the rows could leave them behind; merging them loses noth
 # Triton has no types to give its kernels:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from .._product import product
 from .._triton import jit, tl
 from .activation import activate
 
@@ -133,10 +134,10 @@ def forward_kernel(
             a = tl.where(x_mask, a, 0.0)  # the mean was taken off what is not there, too
         place = n[None, :].to(tl.int64) * K + k[:, None]
         w = tl.load(weight + place, mask=w_mask, other=0.0)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        acc = product(a, w, acc, PRECISION)
         if GATED:
             w = tl.load(weight + tl.cast(N, tl.int64) * K + place, mask=w_mask, other=0.0)
-            value = tl.dot(a, w, value, input_precision=PRECISION)
+            value = product(a, w, value, PRECISION)
 
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     for part in tl.static_range(PARTS):

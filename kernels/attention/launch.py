@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._configs import Tunable
-from .._launch import cdiv, dot_precision, launch, next_power_of_2, sm_count
+from .._launch import cdiv, launch, next_power_of_2, sm_count
 from .._reduce import column_sum
 from .backward import backward_kernel, backward_key_kernel, backward_query_kernel
 from .configs import (
@@ -105,7 +105,10 @@ class _Call:
             "V_SECOND": v_second,
             "ROPE": rope,
             "RMS": options.rms,
-            "PRECISION": dot_precision(q.dtype),
+            # Whatever PyTorch's flag: its own attention in float32 doesn't obey it, but makes three
+            # TF32 products for each, where one alone would err thousands of times as much. Triton's
+            # "tf32x3" errs more than IEEE, and in these blocks spills up to 432 bytes a thread.
+            "PRECISION": "ieee" if natural else "tf32",
             "NATURAL": natural,
         }
 
@@ -132,7 +135,6 @@ class _Call:
                 "rms": self.constexprs["RMS"],
                 "mask": self.extras[6] is not None,
                 "varlen": varlen,
-                "precision": self.constexprs["PRECISION"] if self.q.dtype == torch.float32 else "",
             },
         )
 

@@ -3,6 +3,7 @@
 # Triton has no types to give its kernels:
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from .._product import product
 from .._triton import jit, tl
 
 
@@ -157,7 +158,7 @@ def forward_kernel(
             if KP % BLOCK_K != 0:
                 w_mask = w_mask & (k < KP)[:, None]
             w = tl.load(weight + d[None, :].to(tl.int64) * KP + k[:, None], mask=w_mask, other=0.0)
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc = product(x, w, acc, PRECISION)
         if bias is not None:
             acc += tl.load(bias + d, mask=d_mask, other=0.0).to(tl.float32)[None, :]
         mask = valid[:, None] & d_mask[None, :]
@@ -260,7 +261,7 @@ def weight_grad_kernel(
         token = b.to(tl.int64) * grad_b + (n + T).to(tl.int64) * grad_n
         places = token[:, None] + d[None, :].to(tl.int64) * grad_d
         dy = tl.load(grad + places, mask=valid[:, None] & d_mask[None, :], other=0.0).to(DTYPE)
-        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+        acc = product(tl.trans(dy), x, acc, PRECISION)
     if CHANNELS_LAST:  # back to the parameter's order (c, p, q)
         place = (k % C) * (P * Q) + k // C
     else:
@@ -315,7 +316,7 @@ def image_grad_kernel(
         dy = tl.load(grad + places, mask=valid[:, None] & d_mask[None, :], other=0.0)
         rows = d[:, None].to(tl.int64) * KP + k[None, :]
         w = tl.load(weight + rows, mask=d_mask[:, None] & (k < KP)[None, :], other=0.0)
-        acc = tl.dot(dy.to(w.dtype), w, acc, input_precision=PRECISION)
+        acc = product(dy.to(w.dtype), w, acc, PRECISION)
     c, p, q = k // (P * Q), (k // Q) % P, k % Q
     if std is not None:
         acc *= (1.0 / tl.load(std + c, mask=c < C, other=1.0).to(tl.float32))[None, :]
