@@ -118,22 +118,32 @@ def parser() -> argparse.ArgumentParser:
         "--steps",
         nargs="+",
         metavar="STEP",
-        help="of native tests kernels sanitizer training models ops tune profile-base "
+        help="of native tests kernels sanitizer training tune models ops profile-base "
         "profile-large models-compiled ops-compiled models-rest ops-rest (default: all)",
     )
     gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
 
     tune = commands.add_parser(
         "tune",
-        help="measure which implementation of each op is the fastest on this GPU",
-        description="Hold every implementation of every op against float64, time it, and write "
-        "the table by which auto chooses on this card; a run goes on where the last one stopped. "
+        help="measure the fastest launch configs, and implementation of each op, on this GPU",
+        description="Hold alternative launch configs, and then every implementation of every op, "
+        "against float64, time them, and write the table by which kernels and auto choose on this "
+        "card; a run goes on where the last one stopped. "
         "Exit code 0: all is right; 1: something is wrong; 2: there is no GPU.",
     )
     tune.add_argument("--minutes", type=float, default=10, help="time budget, default: %(default)s")
     tune.add_argument("--op", nargs="+", help="these ops only (default: all)")
     tune.add_argument(
         "--out", type=Path, metavar="FILE", help="default: the card's in kernels/tuned/"
+    )
+    tune.add_argument(
+        "--results", type=Path, metavar="FILE", help="rows of launch configs; default: beside --out"
+    )
+    tune.add_argument(
+        "--share", type=float, default=0.6, help="of the time for launch configs; %(default)s"
+    )
+    tune.add_argument(
+        "--processes", type=int, help="that compile (default: two fewer than there are cores)"
     )
     tune.add_argument("--again", action="store_true", help="measure anew what stands in the table")
     tune.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
@@ -157,7 +167,9 @@ def _add_verify(commands: Any) -> None:
     }
     parsers = {}
     for name, text in texts.items():
-        parsers[name] = kind = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        parsers[name] = kind = kinds.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + "."
+        )
         kind.add_argument("--out", type=Path, default=Path("build/verify"), metavar="DIR")
         kind.add_argument("--minutes", type=float, help="time budget (default: none)")
         kind.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
@@ -191,11 +203,12 @@ def _verify(options: argparse.Namespace) -> int:
         return page.main()
     device, results = torch.device(options.device), options.out / "results.jsonl"
     if options.kind == "kernels":
+        from ._gpu import table
         from ._verify import kernels
 
         return kernels.main(
             results,
-            options.out / "tuned.json",
+            table(options.out, options.device),
             device,
             options.op,
             options.repeats,
@@ -284,7 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
 
             device = torch.device(options.device)
             ops = choose_ops(options.op)
-            return tune.main(options.minutes, ops, options.out, device, options.again)
+            return tune.main(
+                options.minutes, ops, options.out, device, options.again,
+                options.results, options.share, options.processes,
+            )  # fmt: skip
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,15 +1,15 @@
 """Everything that needs a GPU, in one command: the most valuable first, all of it written at once.
 
 Correctness comes first: the GPU tests, every kernel against float64, NVIDIA's compute-sanitizer,
-training beside eager. Then the times of the models and the ops of the small grid, the tuner, where
-a training step's time goes, and the grids with compilers and of all the rest with what time
-remains. Each step is a process of its own with a share of the time, so that one that hangs or
-crashes takes nothing with it; those of the first kind use all cores, since what takes long there is
-compiling. Nothing is installed, and nothing is asked of a network; what is missing is left out, and
-said so.
+training beside eager. Then the tuner, and by its table the times of the models and the ops of the
+small grid, where a training step's time goes, and the grids with compilers and of all the rest with
+what time remains. Each step is a process of its own with a share of the time, so that one that
+hangs or crashes takes nothing with it; those of the first kind use all cores, since what takes long
+there is compiling. Nothing is installed, and nothing is asked of a network; what is missing is left
+out, and said so.
 
 Into the folder go results.jsonl (every result, a line each), steps.log (what the steps printed),
-tests.xml, tuned.json (the tuner's table), training.png and report.md; ``python -m benchmarks
+tests.xml, tuned/<gpu>.json (the tuner's table), training.png and report.md; ``python -m benchmarks
 report`` draws the other pictures from results.jsonl anywhere.
 """
 
@@ -27,6 +27,8 @@ from typing import IO
 from xml.etree import ElementTree
 
 import torch
+
+from vitkern.kernels import _tuned
 
 from . import _proxies, _report
 from ._contest import Log, Row
@@ -62,6 +64,12 @@ class Step:
     def missing(self) -> list[str]:
         """What of `needs` isn't here."""
         return [name for name in self.needs if find_spec(name) is None and not shutil.which(name)]
+
+
+def table(folder: Path, device: str) -> Path:
+    """Where in `folder` the tuner's table is, under the name by which VITKERN_TUNED finds it."""
+    card = _tuned.card(torch.device(device)) if torch.cuda.is_available() else None
+    return folder / "tuned" / f"{card or 'cpu'}.json"
 
 
 def steps(folder: Path, device: str) -> list[Step]:
@@ -111,7 +119,7 @@ def steps(folder: Path, device: str) -> list[Step]:
         return Step(f"profile-{model.split('_')[1]}", 3, lambda _: argv, needs=("matplotlib",))
 
     tune_argv = ["-m", "benchmarks", "tune", "--device", device, *few]
-    tune_argv += ["--out", str(folder / "tuned.json")]
+    tune_argv += ["--out", str(table(folder, device)), "--results", str(results)]
     return [
         Step(
             "native",
@@ -124,9 +132,9 @@ def steps(folder: Path, device: str) -> list[Step]:
         verify("kernels", 12, *few, *(["--repeats", "2"] if toy else ["--size", "tiny", "vit"])),
         verify("sanitizer", 15, *few),
         verify("training", 8, *(["--toy", "--only", "digits"] if toy else [])),
+        Step("tune", 20, lambda s: [*tune_argv, "--minutes", f"{0.9 * s / 60:.3f}"]),
         bench("models", "small", 25),
         bench("ops", "small", 15),
-        Step("tune", 15, lambda s: [*tune_argv, "--minutes", f"{0.9 * s / 60:.3f}"]),
         profile("vit_base_patch16_224", 256),
         profile("vit_large_patch16_224", 128),
         bench("models", "compiled", 15),
@@ -149,8 +157,8 @@ def choose(every: list[Step], names: Sequence[str] | None) -> list[Step]:
     return [step for step in every if names is None or step.what in names]
 
 
-def run(step: Step, seconds: float, output: IO[str]) -> Row:
-    """Run one step for so many seconds at most; what came of it."""
+def run(step: Step, seconds: float, output: IO[str], tables: Path) -> Row:
+    """Run one step for so many seconds at most, by the tables in `tables`; what came of it."""
     missing = step.missing()
     if missing:
         return {"ok": True, "why": f"left out: {', '.join(missing)} missing"}
@@ -164,7 +172,7 @@ def run(step: Step, seconds: float, output: IO[str]) -> Row:
     process = subprocess.Popen(
         [sys.executable, *step.argv(seconds)],
         cwd=ROOT,
-        env={**inherited, **step.variables},
+        env={**inherited, **step.variables, "VITKERN_TUNED": str(tables)},
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # so that what it has started ends with it
@@ -226,7 +234,7 @@ def main(
                 start = clock()
                 left = begun + 60 * minutes - start
                 share = step.share / sum(other.share for other in chosen[number:])
-                found = run(step, share * left, output)
+                found = run(step, share * left, output, folder / "tuned")
                 wrong = mistakes(folder, step.what)
                 if wrong and found["ok"] is not False:  # cut off, and some of it had failed
                     found |= {"ok": False, "why": f"{wrong}; {found['why']}"}

@@ -798,20 +798,19 @@ def step_of(code: str, **options: Any) -> _gpu.Step:
 def test_a_step_is_held_to_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu, "PATIENCE", 1)
     with (tmp_path / "steps.log").open("w") as output:
-        ok = _gpu.run(step_of("print('hello')"), 60, output)
-        bad = _gpu.run(step_of("raise SystemExit(3)"), 60, output)
-        nothing = _gpu.run(step_of("raise SystemExit(5)", good=(0, 5)), 60, output)
+        ok = _gpu.run(step_of("print('hello')"), 60, output, tmp_path)
+        bad = _gpu.run(step_of("raise SystemExit(3)"), 60, output, tmp_path)
+        nothing = _gpu.run(step_of("raise SystemExit(5)", good=(0, 5)), 60, output, tmp_path)
         begun = time.monotonic()
         stubborn = (
             "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
         )
-        late = _gpu.run(step_of(stubborn), 2, output)
+        late = _gpu.run(step_of(stubborn), 2, output, tmp_path)
         assert time.monotonic() - begun < 20
-        missing = _gpu.run(step_of("", needs=("json", "no_such_thing")), 60, output)
-        none_left = _gpu.run(step_of(""), -1, output)
-        told = _gpu.run(
-            step_of("import os; assert os.environ['A'] == 'b'", variables={"A": "b"}), 60, output
-        )
+        missing = _gpu.run(step_of("", needs=("json", "no_such_thing")), 60, output, tmp_path)
+        none_left = _gpu.run(step_of(""), -1, output, tmp_path)
+        code = f"import os; assert os.environ['A'] + os.environ['VITKERN_TUNED'] == 'b{tmp_path}'"
+        told = _gpu.run(step_of(code, variables={"A": "b"}), 60, output, tmp_path)
     assert (ok["ok"], bad["ok"], nothing["ok"], told["ok"]) == (True, False, True, True)
     assert bad["why"].startswith("exit code 3")
     assert late == {"ok": None, "why": "unfinished after 2 s; see steps.log"}
@@ -845,7 +844,7 @@ def test_the_gpu_commands_steps_begin_with_what_is_right() -> None:
     every = _gpu.steps(Path("out"), "cuda")
     names = [step.what for step in every]
     assert names.index("tests") < names.index("kernels") < names.index("models")
-    assert names.index("tune") < names.index("models-rest")
+    assert names.index("training") < names.index("tune") < names.index("models")
     for step in every:
         assert all(isinstance(word, str) for word in step.argv(60.0))
     chosen = _gpu.choose(every, ["models", "tests"])
@@ -860,7 +859,7 @@ def test_a_step_gets_its_share_of_what_the_others_left(
     clock, given = Clock(), []
     takes = {"a": 10.0, "b": 300.0, "c": 1.0}
 
-    def run(step: _gpu.Step, seconds: float, output: Any) -> Row:
+    def run(step: _gpu.Step, seconds: float, output: Any, tables: Path) -> Row:
         given.append((step.what, seconds))
         clock.now += takes[step.what]
         return {"ok": True, "why": ""}
@@ -877,7 +876,7 @@ def test_a_step_gets_its_share_of_what_the_others_left(
 def test_failures_before_a_cut_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     junit = '<testsuites><testsuite tests="9" failures="2" errors="1"></testsuite></testsuites>'
 
-    def run(step: _gpu.Step, seconds: float, output: Any) -> Row:
+    def run(step: _gpu.Step, seconds: float, output: Any, tables: Path) -> Row:
         (tmp_path / "tests.xml").write_text(junit)
         words = {"level": "model", "group": "g", "impl": "vitkern", "ours": True, "own": True}
         row = {"kind": "time", **words, "parity": {"ok": False, "why": "nan"}}
@@ -908,5 +907,5 @@ def test_the_gpu_command_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert len(found) == len(_gpu.steps(tmp_path, "cpu"))
     assert not [why for why in found.values() if "cut off" in why], found
     assert {row["level"] for row in rows if row["kind"] == "time"} == {"op", "model"}
-    assert json.loads((tmp_path / "tuned.json").read_text())["entries"]
+    assert json.loads((tmp_path / "tuned" / "cpu.json").read_text())["entries"]
     assert "toy b2 train" in (tmp_path / "report.md").read_text()

@@ -40,6 +40,6 @@ def test_every_step_of_the_gpu_command_is_listed() -> None:
     table = (DOCS.parent / "CONTRIBUTING.md").read_text().partition("| steps | |")[2]
     cells = re.findall(r"^\| (`.*?`) \|", table.partition("\n\n")[0], re.M)
     assert [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)] == steps
-    commands = parser()._subparsers._group_actions[0].choices
+    (commands,) = (a.choices for a in parser()._actions if isinstance(a.choices, dict))
     (option,) = (a for a in commands["gpu"]._actions if a.dest == "steps")
     assert option.help == f"of {' '.join(steps)} (default: all)"
