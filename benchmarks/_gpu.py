@@ -72,6 +72,11 @@ def table(folder: Path, device: str) -> Path:
     return folder / "tuned" / f"{card or 'cpu'}.json"
 
 
+def within(seconds: float) -> str:
+    """The option by which a step stops by itself before it is stopped; to start takes time, too."""
+    return f"--minutes={max(0.8 * seconds, seconds - 25) / 60:.3f}"
+
+
 def steps(folder: Path, device: str) -> list[Step]:
     """In order of value. A rehearsal on a CPU takes the same steps, through little of the work."""
     toy = device == "cpu"
@@ -84,8 +89,7 @@ def steps(folder: Path, device: str) -> list[Step]:
         return Step(
             what if grid == "small" else f"{what}-{grid}",
             share,
-            # It stops by itself before it is stopped.
-            lambda seconds: [*argv, f"--minutes={0.9 * seconds / 60:.3f}"],
+            lambda seconds: [*argv, within(seconds)],
             needs=("pytest", "pytest_benchmark"),
             good=NOTHING_FAILED,
         )
@@ -106,7 +110,7 @@ def steps(folder: Path, device: str) -> list[Step]:
         return Step(
             what,
             share,
-            lambda seconds: [*argv, *options, f"--minutes={0.95 * seconds / 60:.3f}"],
+            lambda seconds: [*argv, *options, within(seconds)],
             not_run=(2,),
             # On a CPU kernels can only be interpreted.
             variables={"TRITON_INTERPRET": "1" if toy else "0"},
@@ -132,7 +136,7 @@ def steps(folder: Path, device: str) -> list[Step]:
         verify("kernels", 12, *few, *(["--repeats", "2"] if toy else ["--size", "tiny", "vit"])),
         verify("sanitizer", 15, *few),
         verify("training", 8, *(["--toy", "--only", "digits"] if toy else [])),
-        Step("tune", 20, lambda s: [*tune_argv, "--minutes", f"{0.9 * s / 60:.3f}"]),
+        Step("tune", 20, lambda seconds: [*tune_argv, within(seconds)]),
         bench("models", "small", 25),
         bench("ops", "small", 15),
         profile("vit_base_patch16_224", 256),

@@ -49,11 +49,9 @@ from .._op import (
 from . import flash
 from .costs import backward_bytes_moved, backward_flops, bytes_moved, flops, samples
 from .launch import (
-    MAY_SPILL,
     backward,
     forward,
     make_case,
-    may_spill,
     rows_dense,
     single_pass,
     width_problem,
@@ -504,10 +502,9 @@ def kernel_unfit(
 
 def predicted_slower(qkv: Tensor, options: Options) -> str | None:
     """Why auto leaves our kernel alone, though it could run. Not measured yet."""
-    case = make_case(qkv, options)
-    if may_spill(case):
-        return MAY_SPILL
-    if case.plain and qkv.shape[1] > LONG:
+    if qkv.dtype == torch.float32:
+        return "float32: PyTorch's, three TF32 products for one, is predicted to be faster"
+    if make_case(qkv, options).plain and qkv.shape[1] > LONG:
         return (
             f"more than {LONG:,} tokens: PyTorch's kernels are predicted to do the products faster"
         )
