@@ -10,9 +10,10 @@ VITKERN_SELFCHECK=0 turns all of it off.
 That check is a quick one: three samples, once each, float32 under the setting for its products that
 PyTorch is in, which is the one that the caller is about to use. The thorough check, of
 ``vitkern.selfcheck`` and ``python -m benchmarks verify kernels``, takes all samples and holds
-float32 under both settings, IEEE and TF32, eager's error being that under the same; memory that a kernel gets is
-filled with NaN, so that an element nobody wrote is found; and a call may be repeated, always with
-the same bits. Both kinds of verdict are kept under one key, and of several settings the worst.
+float32 under both settings, IEEE and TF32, eager's error being that under the same; memory that a
+kernel gets is filled with NaN, so that an element nobody wrote is found; and a call may be
+repeated, always with the same bits. Both kinds of verdict are kept under one key, and of several
+settings the worst.
 """
 
 import hashlib

@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
-    """A worker whose CUDA context is broken makes way for a new one: all that follows would fail."""
+    """A worker whose CUDA context is broken makes way for another: all that follows would fail."""
     report = yield
     if GPU and report.failed and "PYTEST_XDIST_WORKER" in os.environ:
         try:
