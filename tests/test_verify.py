@@ -163,11 +163,22 @@ def test_a_fault_costs_one_item(
 def test_time_runs_out(tmp_path: Path, capsys: Any) -> None:
     now = iter(range(0, 10**9, 30))
     clock: Row = {"minutes": 2, "clock": lambda: float(next(now))}
-    assert check(tmp_path, ops=["layer_norm", "layer_norm_backward"], processes=1, **clock) == 0
+    assert check(tmp_path, ops=["layer_norm", "layer_norm_backward"], processes=1, **clock) == 2
     assert not rows(tmp_path / "results.jsonl")
     assert "out of time: 4 kernels are left for the next run" in capsys.readouterr().out
     # The table was made, and holds nothing that isn't known.
     assert json.loads((tmp_path / "tuned.json").read_text())["verified"] == {}
+
+
+def serve_starved(pipe: Any, device: torch.device, repeats: int) -> None:
+    """A worker that never gets memory."""
+    kernels.examine = lambda *_: {**kernels.failed(kernels.NO_MEMORY, "M=3"), "ok": None}
+    serve(pipe, device, repeats)
+
+
+def test_what_never_got_memory_is_not_right(tmp_path: Path, capsys: Any) -> None:
+    assert check(tmp_path, ops=["layer_norm"], processes=1, serve=serve_starved) == 2
+    assert "0 of 2 checked on cpu, 0 wrong" in capsys.readouterr().out
 
 
 def test_a_verdict_on_one_precision_is_none_on_both() -> None:
