@@ -365,7 +365,7 @@ def main(
     serve: Serve = serve,
     clock: Clock = time.monotonic,
 ) -> int:
-    """Check what isn't settled in `results`; 0 if all was right, 1 if not, 2 if not all was checked.
+    """Check what is not settled in `results`; 0: all right, 1: something wrong, 2: not all checked.
 
     Args:
         results: rows are appended there. table: of ``_tuned.py``, for the verdicts.
