@@ -9,22 +9,24 @@ there is compiling. Nothing is installed, and nothing is asked of a network; wha
 out, and said so.
 
 Into the folder go results.jsonl (every result, a line each), steps.log (what the steps printed),
-tests.xml, tuned/<gpu>.json (the tuner's table), training.png and report.md; ``python -m benchmarks
-report`` draws the other pictures from results.jsonl anywhere.
+tests.jsonl (what came of each test), tuned/<gpu>.json (the tuner's table), training.png and
+report.md; ``python -m benchmarks report`` draws the other pictures from results.jsonl anywhere.
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
-from xml.etree import ElementTree
 
 import torch
 
@@ -38,6 +40,9 @@ ROOT = Path(__file__).parent.parent
 
 # pytest's exit codes: all passed; there was nothing to do, which without a GPU is right.
 NOTHING_FAILED = (0, 5)
+
+# In the folder, what came of each test.
+OUTCOMES = "tests.jsonl"
 
 # Seconds that a step has to end by itself.
 PATIENCE = 15
@@ -95,7 +100,7 @@ def steps(folder: Path, device: str) -> list[Step]:
         )
 
     tests = "tests/test_gpu.py" if toy else "tests"
-    tests_argv = [*pytest, tests, "-m", "gpu", f"--junitxml={folder / 'tests.xml'}"]
+    tests_argv = [*pytest, tests, "-m", "gpu", f"--outcomes={folder / OUTCOMES}"]
     if find_spec("xdist") and not toy:
         # A test takes milliseconds, and to compile its kernels seconds; those that need much of the
         # card's memory are one group, so that they take turns.
@@ -193,12 +198,23 @@ def run(step: Step, seconds: float, output: IO[str], tables: Path) -> Row:
     return {"ok": ok, "why": f"exit code {code}; see steps.log"}
 
 
+def tested(folder: Path) -> dict[str, int]:
+    """How many tests of the step in this folder passed, failed and were skipped."""
+    path, found = folder / OUTCOMES, dict[str, str]()
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # torn, as the process that wrote it was killed
+            row = json.loads(line)
+            if found.get(row["test"]) != "failed":  # which may come twice: test and teardown
+                found[row["test"]] = row["outcome"]
+    return dict(Counter(found.values()))
+
+
 def mistakes(folder: Path, what: str) -> str:
     """What the files in `folder` tell of failures in a step; "" for nothing."""
-    if what == "tests" and (folder / "tests.xml").exists():
-        suite = next(ElementTree.parse(folder / "tests.xml").iter("testsuite"))
-        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-        return f"{failed} of {suite.get('tests')} tests failed" if failed else ""
+    if what == "tests":
+        counts = tested(folder)
+        failed = counts.get("failed", 0)
+        return f"{failed} of {sum(counts.values())} tests failed" if failed else ""
     level = what.partition("-")[0].removesuffix("s")
     rows = _report.read(folder / "results.jsonl").of("time")
     wrong = [r["impl"] for r in rows if r["level"] == level and r["own"] and not r["parity"]["ok"]]
@@ -236,6 +252,8 @@ def main(
         with (folder / "steps.log").open("a") as output:
             for number, step in enumerate(chosen):
                 start = clock()
+                if step.what == "tests":  # an earlier run's say nothing of this one
+                    (folder / OUTCOMES).unlink(missing_ok=True)
                 left = begun + 60 * minutes - start
                 share = step.share / sum(other.share for other in chosen[number:])
                 found = run(step, share * left, output, folder / "tuned")
@@ -243,6 +261,10 @@ def main(
                 if wrong and found["ok"] is not False:  # cut off, and some of it had failed
                     found |= {"ok": False, "why": f"{wrong}; {found['why']}"}
                 row = {"kind": "step", "what": step.what, **found, "seconds": clock() - start}
+                if step.what == "tests":
+                    row["tests"] = tested(folder)
+                    if device.type == "cuda" and row["ok"] and not row["tests"].get("passed"):
+                        row |= {"ok": None, "why": f"no test ran; {row['why']}"}
                 log.add(row)
                 state = "FAILED: " if found["ok"] is False else ""
                 print(

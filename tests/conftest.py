@@ -3,10 +3,12 @@
 That is decided when a kernel is decorated, so before vitkern is imported anywhere.
 """
 
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,34 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # On a GPU, verdicts on kernels that tests break on purpose must not outlive the tests.
 _scratch = os.path.join(tempfile.gettempdir(), f"vitkern-{os.getpid()}")
 os.environ.setdefault("VITKERN_CACHE", _scratch)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--outcomes", type=Path, metavar="FILE", help="each test's outcome, a line of JSON, at once"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--outcomes")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Outcomes(path))
+
+
+class Outcomes:
+    """Written as they come: a run that is cut off never comes to its summary."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("w")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        # Neither setup nor teardown is worth a line, unless it is where the test ended.
+        if report.when in ("setup", "teardown") and report.passed:
+            return
+        why = "" if report.passed else report.longreprtext[-3000:]
+        row = {"test": report.nodeid, "outcome": report.outcome, "why": why}
+        self.file.write(json.dumps({**row, "seconds": report.duration}) + "\n")
+        self.file.flush()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

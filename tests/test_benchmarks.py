@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -874,10 +875,14 @@ def test_a_step_gets_its_share_of_what_the_others_left(
 
 
 def test_failures_before_a_cut_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    junit = '<testsuites><testsuite tests="9" failures="2" errors="1"></testsuite></testsuites>'
+    ended = [("a", "passed"), ("b", "failed"), ("b", "failed"), ("c", "skipped"), ("d", "failed")]
+    lines = [json.dumps({"test": test, "outcome": outcome}) for test, outcome in ended]
+    (tmp_path / "tests.jsonl").write_text(lines[1])  # of another run
 
     def run(step: _gpu.Step, seconds: float, output: Any, tables: Path) -> Row:
-        (tmp_path / "tests.xml").write_text(junit)
+        if step.what == "tests":
+            assert not (tmp_path / "tests.jsonl").exists()
+            (tmp_path / "tests.jsonl").write_text("\n".join([*lines, '{"test": "e", "ou']))
         words = {"level": "model", "group": "g", "impl": "vitkern", "ours": True, "own": True}
         row = {"kind": "time", **words, "parity": {"ok": False, "why": "nan"}}
         with (tmp_path / "results.jsonl").open("a") as file:
@@ -891,11 +896,54 @@ def test_failures_before_a_cut_count(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert _gpu.main(1.0, tmp_path, CPU) == 1
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {r["what"]: (r["ok"], r["why"]) for r in rows if r["kind"] == "step"} == {
-        "tests": (False, "3 of 9 tests failed; unfinished"),
+        "tests": (False, "2 of 4 tests failed; unfinished"),
         "ops": (None, "unfinished"),
         "models": (False, "1 of ours are wrong; unfinished"),
         "tune": (None, "unfinished"),
     }
+    (counted,) = [r["tests"] for r in rows if "tests" in r]
+    assert counted == {"passed": 1, "failed": 2, "skipped": 1}
+
+
+def test_each_tests_outcome_is_on_disk_at_once(tmp_path: Path) -> None:
+    """Where the run is killed, too."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "conftest.py").write_text((_gpu.ROOT / "tests" / "conftest.py").read_text())
+    (folder / "test_few.py").write_text(
+        "import os, pytest\n"
+        "def test_right(): pass\n"
+        "@pytest.mark.skip\ndef test_left_out(): pass\n"
+        "def test_wrong(): assert 'this' == 'that'\n"
+        "def test_last(): os._exit(3)\n"
+    )
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    subprocess.run([*argv, f"--outcomes={tmp_path / 'tests.jsonl'}"], cwd=folder, check=False)
+    assert _gpu.tested(tmp_path) == {"passed": 1, "skipped": 1, "failed": 1}
+    last = json.loads((tmp_path / "tests.jsonl").read_text().splitlines()[-1])
+    assert last["test"].endswith("test_wrong")
+    assert "this" in last["why"]
+
+
+@pytest.mark.parametrize("passed", [0, 1])
+def test_on_a_gpu_all_skipped_is_not_right(
+    passed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(step: _gpu.Step, seconds: float, output: Any, tables: Path) -> Row:
+        outcome = "passed" if passed else "skipped"
+        (tmp_path / "tests.jsonl").write_text(json.dumps({"test": "a", "outcome": outcome}))
+        return {"ok": True, "why": "exit code 0"}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_gpu, "environment", lambda device: {})
+    monkeypatch.setattr(_gpu, "steps", lambda *_: [_gpu.Step("tests", 1, lambda _: [])])
+    monkeypatch.setattr(_gpu, "run", run)
+    monkeypatch.setattr(_gpu, "_report", SimpleNamespace(main_report=lambda *_, **__: 0))
+    monkeypatch.setattr("benchmarks._proxies.add", lambda log: None)
+    _gpu.main(1.0, tmp_path, torch.device("cuda"))
+    (row,) = [r for r in map(json.loads, (tmp_path / "results.jsonl").open()) if "tests" in r]
+    assert row["ok"] is (True if passed else None)
+    assert ("no test ran" in row["why"]) is not passed
 
 
 @pytest.mark.slow
