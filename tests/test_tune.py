@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vitkern
 from benchmarks import _cases, _measure, _offline, tune
 from benchmarks.__main__ import main
 from benchmarks._workers import Died, Raised, Worker
@@ -23,6 +24,7 @@ from vitkern.kernels._configs import record
 from vitkern.kernels._launch import intercept
 from vitkern.kernels._norm import forward_candidates, forward_config
 from vitkern.kernels._op import Op, choose
+from vitkern.kernels._triton import INTERPRET
 
 LAYER_NORM, LAYER_NORM_BACKWARD = REGISTRY["layer_norm"], REGISTRY["layer_norm_backward"]
 CPU = torch.device("cpu")
@@ -234,6 +236,40 @@ def test_the_places_of_a_training_step_exist() -> None:
         asked = places.looked_at(place, (9, 0), 132, {})
         without = [question.key[0] for question, launches in asked if not launches]
         assert without == (["attention.passes"] if place.op == "attention_backward" else [])
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the ops have no kernels on a CPU")
+def test_the_places_of_a_training_step_are_what_a_model_asks() -> None:
+    def kind(key: _tuned.Key) -> tuple[str, str]:
+        return key[0], _tuned.without_size(key[1])[0]
+
+    tuned = {
+        kind(question.key)
+        for place in places.of_training(REGISTRY.values())
+        for question, _ in places.looked_at(place, (9, 0), 132, {})
+    }
+    ops = ("patch_embed", "norm_linear", "attention", "linear_residual")
+    model = vitkern.create_model(
+        "vit_base_patch16_224", depth=2, global_pool="avg", impl=dict.fromkeys(ops, "triton")
+    )
+    with intercept(lambda launch: None, (9, 0), 132), record() as asked:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.zeros(2, 3, 224, 224))
+        logits.sum().backward()
+    assert {kind(question.key) for question in asked} - tuned == {
+        ("linear.statistics", "m k768"),  # of the first norm
+        ("linear.forward", "m n768 k3072 residual wide tma"),  # the last layer, before no norm
+    }
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the ops have no kernels on a CPU")
+@pytest.mark.parametrize("name", places.FLOAT32)
+def test_a_call_as_under_autocast_is_held_against_float64(name: str) -> None:
+    label = next(iter(REGISTRY[name].samples("tiny"))).label
+    place = places.Place(name, "triton", "tiny", label, "float16", times=2, autocast=True)
+    bench = configs.Bench(place, CPU, _measure.Timer(CPU))
+    verdict = _measure.parity(bench.call({})(), bench.eager, bench.exact)
+    assert verdict["ok"]
 
 
 @pytest.mark.parametrize("name", ["linear_residual_backward", "norm_linear_backward", "attention"])
