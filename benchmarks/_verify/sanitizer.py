@@ -51,6 +51,7 @@ from typing import Any
 import torch
 
 from .._contest import Log, Row
+from .._measure import environment
 from .reports import FOREIGN
 from .watch import OPTIONS, PLAIN, PYTHON, ROOT, Outcome, Runner
 
@@ -240,6 +241,9 @@ def main(
             ]
             for tool in tools
         }
+        if any(todo.values()):
+            about = environment(torch.device(device))  # without which rows are of no card
+            log.add({"kind": "about", "environment": about, "device": where})
         _run(runner, todo, processes, log)
     log.close()
     return _verdict(log, runner)
@@ -249,16 +253,18 @@ def _run(runner: Runner, todo: dict[str, list[int]], processes: int, log: Log) -
     """First all calls without a tool, then each tool's; results go to the log at once."""
     calls, begun = runner.calls, time.monotonic()
     once = sorted({n for numbers in todo.values() for n in numbers if "control" not in calls[n]})
-    broken: dict[int, str] = {}
+    broken, made = dict[int, str](), 0
     with closing(runner.run([(PLAIN, c) for c in chunks(once, processes)], processes)) as outcomes:
         for outcome in outcomes:
+            made += outcome.ok is True
             if outcome.number is not None and outcome.ok is False:
                 broken[outcome.number] = outcome.why
     if PLAIN in runner.unusable:
         why = f"without a tool, too: {runner.unusable.pop(PLAIN)}"
         runner.unusable |= dict.fromkeys(todo, why)
     seconds = time.monotonic() - begun
-    print(f"{len(once)} calls compiled, {len(broken)} failed ({seconds:.0f} s)", flush=True)
+    counted = f"{made} of {len(once)} calls made without a tool, {len(broken)} failed"
+    print(f"{counted} ({seconds:.0f} s)", flush=True)
     for tool, numbers in todo.items():
         for n in numbers if tool != "memcheck" else ():  # which may say more, so it tries
             if n in broken:
@@ -302,8 +308,9 @@ def _add(log: Log, found: list[Row]) -> None:
 
 def _verdict(log: Log, runner: Runner) -> int:
     """The exit code, with a line or two on what it stands for."""
-    wrong = [row for row in log.rows if row["ok"] is False]
-    missing = [row for row in log.rows if row["ok"] is None]
+    found = [row for row in log.rows if row["kind"] == "sanitizer"]
+    wrong = [row for row in found if row["ok"] is False]
+    missing = [row for row in found if row["ok"] is None]
     for tool, why in runner.unusable.items():
         print(f"error: {tool} can't run here: {why}", file=sys.stderr)
     if wrong:

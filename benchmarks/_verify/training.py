@@ -139,8 +139,7 @@ def main(
     alike = {"seed": seed, "steps": steps, "device": device_name(device)}
     alike |= {"toy": toy, "torch": torch.__version__, "code": code()}
     log, known = Log(results), runs_before(results, alike)
-    if results.stat().st_size == 0:
-        log.add({"kind": "about", "environment": environment(device), "device": device.type})
+    log.add({"kind": "about", "environment": environment(device), "device": device.type})
     seconds = 60 * (MINUTES if minutes is None else minutes)
     context = multiprocessing.get_context("spawn")  # CUDA doesn't survive a fork
     running: dict[Connection, tuple[Any, str]] = {}
