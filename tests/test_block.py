@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import vitkern
 from tests.error_budget import assert_within_budget, budget, error
+from vitkern.kernels._gemm.launch import weight_grad
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._op import record_choices
+from vitkern.kernels._triton import INTERPRET
 from vitkern.model.block import Block
 from vitkern.model.config import ViTConfig
 from vitkern.model.fused import Stream
@@ -584,3 +586,15 @@ def test_a_training_run_follows_the_eager_one(kernel_device: str) -> None:
     actual = losses({**KERNELS, "attention_pool": "triton"}, torch.float32)
     assert exact[-20:].mean() < exact[:20].mean() - 0.3  # it learns
     assert error(actual, exact) <= budget(eager, exact)
+
+
+def test_a_bias_gradient_of_many_tokens_is_as_right_as_pytorchs() -> None:
+    """On cards that weights alone fill, one program adds up what hundreds of steps give."""
+    if not INTERPRET:
+        pytest.skip("the kernels are compiled in this process: TRITON_INTERPRET is not set")
+    dy = torch.randn(12608, 8, generator=torch.Generator().manual_seed(0))
+    with intercept(Launch.run, (9, 0), 1):
+        partial = weight_grad(dy, dy)
+    assert partial.splits == 2
+    exact = dy.double().sum(0)
+    assert error(partial.bias.sum(0), exact) <= budget(dy.sum(0), exact)

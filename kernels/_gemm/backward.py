@@ -163,6 +163,7 @@ def weight_grad_kernel(
     n_mask, k_mask = n < N, k < K
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    lost = tl.zeros([BLOCK_N], dtype=tl.float32)
     for step in range(STEPS):
         m = ((split * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         m_mask = (m < M)[:, None]
@@ -170,7 +171,11 @@ def weight_grad_kernel(
         x = tl.load(a + (m * a_m)[:, None] + k[None, :], mask=m_mask & k_mask[None, :], other=0.0)
         acc = product(tl.trans(g), x, acc, PRECISION)
         if bias_partial is not None and tile_k == 0:
-            total += tl.sum(g.to(tl.float32), axis=0)
+            # Kahan's sum: a plain one over hundreds of steps errs more than twice PyTorch's.
+            term = tl.sum(g.to(tl.float32), axis=0) - lost
+            raised = total + term
+            lost = (raised - total) - term
+            total = raised
     row = (split * N + n).to(tl.int64)
     mask = n_mask[:, None] & k_mask[None, :]
     tl.store(partial + row[:, None] * K + k[None, :], acc, mask=mask)
