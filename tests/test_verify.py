@@ -271,7 +271,8 @@ def sanitized(tool: str, op: str, **values: Any) -> Row:
         "kernel": "k.forward",
     }
     row |= {"config": "M=16 warps=4", "sample": "M=3", "dtype": "float16", "what": []}
-    return {**row, "ok": True, "errors": 0, **values}
+    source = _verified.key(LAYER_NORM, "triton", torch.float16, "card").split()[-1]
+    return {**row, "source": f"{source} triton-3.6", "ok": True, "errors": 0, **values}
 
 
 def cells(text: str, *first: str) -> list[str]:
@@ -391,6 +392,34 @@ def test_a_page_of_the_rest() -> None:
     assert "They **failed** (90 passed, 2 failed; exit code 0, 93 s)." in page.page(
         [about(), counted]
     )
+
+
+def test_sanitized_launches_of_an_older_source() -> None:
+    old: Row = {"source": "0123 triton-3.6"}
+    found = [
+        about(),
+        sanitized("memcheck", "layer_norm", config="gone", **old),
+        sanitized("racecheck", "layer_norm", config="gone", ok=False, what=["a race"], **old),
+        sanitized("initcheck", "layer_norm", **old),
+        sanitized("initcheck", "control", source="triton-3.6"),
+        sanitized("synccheck", "layer_norm", ok=None, why="out of time"),
+        about(),
+        sanitized("memcheck", "layer_norm"),
+        sanitized("racecheck", "layer_norm"),
+    ]
+    text = page.page(found)
+    one = "1 launch, 0 errors"
+    assert cells(text, "layer_norm", "triton", one) == [one, f"{one} †", "not run"]
+    assert cells(text, "control", "triton")[2] == one
+    assert "a race" not in text
+    assert "out of time" not in text
+
+
+def test_a_tool_that_could_not_run_before_and_now_does() -> None:
+    tool: Row = {"kind": "sanitizer", "tool": "memcheck", "op": "all", "ok": None, "why": "no port"}
+    row = sanitized("memcheck", "layer_norm")
+    assert "no port" in page.page([about(), row, tool])
+    assert "no port" not in page.page([about(), tool, about(), row])
 
 
 def test_files_are_read(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Rows are taken as they lie in the files, of those that say the same the last. A row counts for the
 card of the run that it stands in, which the "about" row before it names; runs on a CPU are
 rehearsals and count for nothing. A verdict is marked as of an older source if the code that its
-kernel can consist of, or vitkern's version, has changed since.
+kernel can consist of, or vitkern's version, has changed since; of the sanitizers' those are left
+out where there are newer ones.
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ from .._contest import Row
 from .._report import read
 from .._report.results import many, table
 from .kernels import items
+from .watch import OUT_OF_TIME
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +43,7 @@ COLUMNS = {
     "float32, TF32": ("float32", "tf32"),
 }
 SAMPLES = {"tiny": "Small samples", "vit": "Samples of the sizes of real models"}
+NO_OPS = ("control", "PyTorch", "all", "unattributed")  # what else the sanitizers' rows name
 OLDER = "†"
 NOT_RUN = "not run"
 LAST = 10  # losses whose mean stands for the end of a curve
@@ -63,8 +66,9 @@ error over what is allowed: above 1 is wrong.
 (memcheck), races in shared memory (racecheck), reads of what nobody wrote (initcheck), misuse of
 barriers (synccheck). A control has a fault made on purpose, which the tool must report.
 
-**Training.** The same network, weights and batches in vitkern and in eager PyTorch: the same
-gradients at the first step, and the same curve of the loss.
+**Training.** The same network, weights and batches in vitkern and in eager PyTorch. At the first,
+the middle and the last step every parameter's gradient is at most twice as far from that of eager
+float32 as eager's in bfloat16 is, and so is the whole curve of the loss.
 """
 
 NOTHING = """\
@@ -124,6 +128,9 @@ def cards(rows: Iterable[Row]) -> dict[str, Card]:
             card.runs[_run(environment)] = None
             key = tuple([row.get(name) for name in KEYS[kind]])
             card.rows.setdefault(kind, {})[key] = row
+            if kind == "sanitizer" and row["op"] != "all":  # it runs here after all
+                gone = {"tool": row["tool"], "op": "all"}
+                card.rows[kind].pop(tuple([gone.get(name) for name in KEYS[kind]]), None)
     return found
 
 
@@ -181,11 +188,14 @@ def _tests(card: Card) -> list[str]:
 
 
 def older(row: Row) -> bool:
-    """Whether the kernel of a "verified" row may have changed since."""
-    op, words = REGISTRY.get(row["op"]), row["key"].split()
+    """Whether the kernel of a "verified" or "sanitizer" row may have changed since."""
+    op = REGISTRY.get(row["op"])
     if op is None:
-        return True
+        return row["op"] not in NO_OPS
     now = _verified.key(op, row["impl"], _tuned.dtype_of(row["dtype"]), "card").split()
+    if row["kind"] == "sanitizer":  # no number is of it, so that a version alone changes nothing
+        return now[-1] not in row["source"].split()
+    words = row["key"].split()
     # The version of Triton is that of the machine there, as the table of runs says.
     return any(new not in words for new in now if new.startswith("vitkern-") or new == now[-1])
 
@@ -261,10 +271,14 @@ def _sanitizer(card: Card) -> list[str]:
     for row in card.of("sanitizer"):
         group = grouped.setdefault((row["op"], row.get("impl") or ""), {})
         group.setdefault(row["tool"], []).append(row)
-    lines = []
+    lines, shown = [], list[Row]()
     for pair in sorted(grouped, key=_place):
-        lines.append((*pair, *(_launches(grouped[pair].get(tool, [])) for tool in TOOLS)))
-    shown = [row for row in card.of("sanitizer") if row["ok"] is not True]
+        found = [_newest(grouped[pair].get(tool, [])) for tool in TOOLS]
+        lines.append((*pair, *map(_launches, found)))
+        shown += [row for rows in found for row in rows if row["ok"] is not True]
+    shown = [row for row in shown if row.get("why") != OUT_OF_TIME]  # which are counted above
+    if any(OLDER in cell for line in lines for cell in line):
+        text += [f"{OLDER}: of an older source.", ""]
     faults = Counter(
         f"{' '.join(filter(None, (r['tool'], r['op'], r.get('impl'), r.get('kernel'))))}: "
         f"{(r.get('what') or [r.get('why') or NOT_RUN])[0]}"
@@ -273,6 +287,11 @@ def _sanitizer(card: Card) -> list[str]:
     listed = [f"{text} ({number} times)" if number > 1 else text for text, number in faults.items()]
     head = ("op", "implementation", *TOOLS)
     return [*text, *table(head, lines), *_listed(listed)]
+
+
+def _newest(rows: Sequence[Row]) -> Sequence[Row]:
+    """Those of the source of today, if there are any."""
+    return [row for row in rows if not older(row)] or rows
 
 
 def _launches(rows: Sequence[Row]) -> str:
@@ -285,7 +304,7 @@ def _launches(rows: Sequence[Row]) -> str:
     words += [many(errors, "error")]
     words += [f"**{wrong} failed**"] if wrong else []
     words += [f"{left} {NOT_RUN}"] if left else []
-    return ", ".join(words)
+    return ", ".join(words) + (f" {OLDER}" if any(map(older, rows)) else "")
 
 
 def _training(card: Card) -> list[str]:
