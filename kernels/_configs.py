@@ -107,8 +107,10 @@ class Tunable(Generic[C]):
             except TypeError as problem:
                 _warn_once(f"{where}: {problem}")
                 continue
-            if config == default or config in candidates():
-                return config
+            # Not what the file says itself: 8.0 and True equal numbers that a kernel can take.
+            for allowed in (default, *candidates()):
+                if allowed == config:
+                    return allowed
             _warn_once(f"{where}: {config} is none of those that the kernel may have")
         return default
 

@@ -98,6 +98,13 @@ def test_a_table_decides(table: Any, quiet: None) -> None:
 
 
 @interpreted
+def test_what_a_table_says_in_other_words_is_launched_in_ours(table: Any, quiet: None) -> None:
+    table(entry({**asdict(OTHER), "num_warps": 4.0}))
+    assert [type(n) for n in launched()] == [int, int]
+    assert launched() == (OTHER.rows, 4)
+
+
+@interpreted
 def test_near_sizes_count_where_the_default_is_the_same(table: Any, quiet: None) -> None:
     table(entry(bucket="m64 d64"))
     assert launched() == (OTHER.rows, 4)

@@ -262,10 +262,32 @@ def test_the_places_of_a_training_step_are_what_a_model_asks() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "kernel"),
+    [
+        ("norm_linear", "ln 64x197x768 ->  2304 saved given statistics", "linear.forward"),
+        ("linear_residual_backward", "64x197x768 -> 768 statistics", "linear.input_grad"),
+        ("patch_embed", "128x3x224x224 /16x16 D=768", "patch_embed.forward"),
+        ("patch_embed_backward", "128x3x224x224 /16x16 D=768", "patch_embed.weight_grad"),
+    ],
+)
+def test_operands_that_are_cast_have_a_bucket_of_their_own(
+    name: str, label: str, kernel: str
+) -> None:
+    """float32 in place of 16 bits takes twice the bytes, and shared memory."""
+    place = places.Place(name, "triton", "vit", label, "bfloat16")
+    plain, cast = (
+        next(q.key for q, _ in places.looked_at(p, (9, 0), 132, {}) if q.key[0] == kernel)
+        for p in (place, replace(place, autocast=True))
+    )
+    assert "cast" in set(cast[1].split()) - set(plain[1].split())
+
+
 @pytest.mark.skipif(not INTERPRET, reason="the ops have no kernels on a CPU")
 @pytest.mark.parametrize("name", places.FLOAT32)
 def test_a_call_as_under_autocast_is_held_against_float64(name: str) -> None:
-    label = next(iter(REGISTRY[name].samples("tiny"))).label
+    samples = REGISTRY[name].samples("tiny")
+    label = next(s.label for s in samples if not s.options.get("need_images"))  # as in training
     place = places.Place(name, "triton", "tiny", label, "float16", times=2, autocast=True)
     bench = configs.Bench(place, CPU, _measure.Timer(CPU))
     verdict = _measure.parity(bench.call({})(), bench.eager, bench.exact)

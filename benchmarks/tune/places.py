@@ -50,12 +50,12 @@ def step(width: int) -> dict[tuple[str, str], int]:
     return {**dict.fromkeys(per_layer, layers), **dict.fromkeys(once, 1)}
 
 
-# What stays float32 under autocast: parameters that are cast within the op, and the stream. Where
-# the definition is all that there is to compare with, results stay in 16 bits, as it rounds nowhere
-# else.
+# What stays float32 under autocast: images, the stream, and parameters that are cast within the op;
+# but not the weight of patch_embed_backward, whose gradient, were it float32, would be held against
+# a definition that rounds nothing to 16 bits.
 FLOAT32 = {
     "patch_embed": ("images", "weight", "bias", "pos_embed", "prefix"),
-    "patch_embed_backward": ("grad",),
+    "patch_embed_backward": ("grad", "images"),
     "norm_linear": ("x", "norm_weight", "norm_bias"),
     "norm_linear_backward": ("norm_weight", "norm_bias", "d_stream"),
     "linear_residual": ("residual",),
@@ -71,7 +71,8 @@ def under_autocast(op: str, sample: Sample) -> Sample:
     args, options = dict(sample.args), dict(sample.options)
     for name in FLOAT32.get(op, ()):
         arg = args[name]
-        args[name] = None if arg is None else replace(arg, dtype=torch.float32)
+        if arg is not None and arg.dtype is None:  # bytes stay bytes
+            args[name] = replace(arg, dtype=torch.float32)
     options |= dict.fromkeys({"out_dtype", "param_dtype"} & options.keys(), torch.float32)
     if op == "norm_linear_backward":
         args["z"] = None
