@@ -226,9 +226,9 @@ def test_a_process_that_dies_or_hangs_costs_one_answer() -> None:
         assert worker.ask(os.getpid, timeout=60) != first
 
 
-def test_the_places_of_a_training_step_exist() -> None:
-    found = places.of_training(REGISTRY.values())
-    assert len({(place.op, place.label) for place in found}) == 2 * 12 - 2
+def test_the_places_of_steps_exist() -> None:
+    found = places.of_steps(REGISTRY.values())
+    assert len({(place.op, place.label, place.step) for place in found}) == 2 * (12 + 2) - 2
     assert [p.worth for p in found] == sorted((p.worth for p in found), reverse=True)
     for place in found:
         batch = next(iter(place.case().meta().values())).shape[0]
@@ -239,13 +239,14 @@ def test_the_places_of_a_training_step_exist() -> None:
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the ops have no kernels on a CPU")
-def test_the_places_of_a_training_step_are_what_a_model_asks() -> None:
+@pytest.mark.parametrize("grad", [True, False], ids=["train", "forward"])
+def test_the_places_of_steps_are_what_a_model_asks(grad: bool) -> None:
     def kind(key: _tuned.Key) -> tuple[str, str]:
         return key[0], _tuned.without_size(key[1])[0]
 
     tuned = {
         kind(question.key)
-        for place in places.of_training(REGISTRY.values())
+        for place in places.of_steps(REGISTRY.values())
         for question, _ in places.looked_at(place, (9, 0), 132, {})
     }
     ops = ("patch_embed", "norm_linear", "attention", "linear_residual")
@@ -253,9 +254,10 @@ def test_the_places_of_a_training_step_are_what_a_model_asks() -> None:
         "vit_base_patch16_224", depth=2, global_pool="avg", impl=dict.fromkeys(ops, "triton")
     )
     with intercept(lambda launch: None, (9, 0), 132), record() as asked:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
             logits = model(torch.zeros(2, 3, 224, 224))
-        logits.sum().backward()
+        if grad:
+            logits.sum().backward()
     assert {kind(question.key) for question in asked} - tuned == {
         ("linear.statistics", "m k768"),  # of the first norm
         ("linear.forward", "m n768 k3072 residual wide tma"),  # the last layer, before no norm
@@ -278,7 +280,7 @@ def test_operands_that_are_cast_have_a_bucket_of_their_own(
     place = places.Place(name, "triton", "vit", label, "bfloat16")
     plain, cast = (
         next(q.key for q, _ in places.looked_at(p, (9, 0), 132, {}) if q.key[0] == kernel)
-        for p in (place, replace(place, autocast=True))
+        for p in (place, replace(place, step="train"))
     )
     assert "cast" in set(cast[1].split()) - set(plain[1].split())
 
@@ -288,7 +290,7 @@ def test_operands_that_are_cast_have_a_bucket_of_their_own(
 def test_a_call_as_under_autocast_is_held_against_float64(name: str) -> None:
     samples = REGISTRY[name].samples("tiny")
     label = next(s.label for s in samples if not s.options.get("need_images"))  # as in training
-    place = places.Place(name, "triton", "tiny", label, "float16", times=2, autocast=True)
+    place = places.Place(name, "triton", "tiny", label, "float16", times=2, step="train")
     bench = configs.Bench(place, CPU, _measure.Timer(CPU))
     verdict = _measure.parity(bench.call({})(), bench.eager, bench.exact)
     assert verdict["ok"]

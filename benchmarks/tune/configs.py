@@ -34,7 +34,7 @@ from vitkern.kernels._tuned import Key
 from .. import _offline
 from .._measure import Stats, Timer
 from .._workers import Died, Raised, Worker
-from .places import Place, looked_at, of_samples, of_training
+from .places import Place, looked_at, of_samples, of_steps
 
 if TYPE_CHECKING:
     from . import Draft
@@ -445,7 +445,7 @@ def tune(
             fail("configs", {"why": f"no process with this device: {problem}"})
             return
         if cuda:
-            stages = [of_training(ops), of_samples(ops, "vit", [torch.bfloat16])]
+            stages = [of_steps(ops), of_samples(ops, "vit", [torch.bfloat16])]
             stages += [of_samples(ops, "vit", [dtype]) for dtype in (torch.float16, torch.float32)]
         else:
             stages = [of_samples(ops, "tiny", [torch.float32])]

@@ -1,8 +1,8 @@
 """Where launch configs are tuned: calls of our kernels, the most valuable first.
 
-First come the calls that a training step of ViT-B/16 and L/16 makes with 256 images under autocast
-to bfloat16, by how long all layers take of them as predicted; then all other samples of real
-models.
+First come the calls that ViT-B/16 and L/16 make with 256 images under autocast to bfloat16, in
+training and without a graph, by how long all layers take of them as predicted; then all other
+samples of real models.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +26,7 @@ IMAGES = 256
 FLOPS_PER_S, BYTES_PER_S = 700e12, 2.8e12
 
 
-def step(width: int) -> dict[tuple[str, str], int]:
+def calls(width: int) -> dict[tuple[str, str], int]:
     """(op, sample): how often a training step calls it for a layer, of 12 of them."""
     layers = {768: 12, 1024: 24}[width]
     qkv = f"ln 64x197x{width} ->  {3 * width} saved given statistics"
@@ -63,10 +63,11 @@ FLOAT32 = {
 }
 
 
-def under_autocast(op: str, sample: Sample) -> Sample:
+def under_autocast(op: str, sample: Sample, step: str) -> Sample:
     """The sample as a block under autocast calls the op: samples have one dtype for nearly all.
 
-    The gradient of fc1 comes without z, as that of fc2 has gone through the activation already.
+    The gradient of fc1 comes without z, as that of fc2 has gone through the activation already. A
+    step "forward" saves nothing.
     """
     args, options = dict(sample.args), dict(sample.options)
     for name in FLOAT32.get(op, ()):
@@ -77,6 +78,8 @@ def under_autocast(op: str, sample: Sample) -> Sample:
     if op == "norm_linear_backward":
         args["z"] = None
         options |= {"activation": "", "gated": False}
+    if op == "norm_linear":
+        options["need_saved"] = step == "train"
     return replace(sample, args=args, options=options)
 
 
@@ -113,8 +116,8 @@ def repeated(sample: Sample, times: int) -> Sample:
 class Place:
     """A call of one of our kernels: plain words, as it goes from process to process.
 
-    times: how many times the sample's batch. worth: predicted seconds of such calls. autocast:
-    whether it is as under autocast to `dtype`.
+    times: how many times the sample's batch. worth: predicted seconds of such calls. step: "train"
+    or "forward", for a call as a model makes it under autocast to `dtype`.
     """
 
     op: str
@@ -124,11 +127,11 @@ class Place:
     dtype: str
     times: int = 1
     worth: float = 0.0
-    autocast: bool = False
+    step: str = ""
 
     def __str__(self) -> str:
         more = f" x{self.times}" if self.times > 1 else ""
-        more += " autocast" * self.autocast
+        more += f" {self.step} under autocast" if self.step else ""
         return f"{self.op} {self.impl} [{self.label}]{more} {self.dtype}"
 
     def case(self) -> Case:
@@ -139,7 +142,7 @@ class Place:
         """
         for sample in REGISTRY[self.op].samples(self.size):
             if sample.label == self.label:
-                sample = under_autocast(self.op, sample) if self.autocast else sample
+                sample = under_autocast(self.op, sample, self.step) if self.step else sample
                 sample = repeated(sample, self.times) if self.times > 1 else sample
                 return Case(REGISTRY[self.op], self.size, sample, dtype_of(self.dtype))
         raise LookupError(f"{self.op}: no sample [{self.label}]")
@@ -176,16 +179,16 @@ def seconds(case: Case) -> float:
     return max(flops / FLOPS_PER_S, moved / BYTES_PER_S)
 
 
-def of_training(ops: Iterable[Op]) -> list[Place]:
-    """The calls of a training step, the longest first."""
+def of_steps(ops: Iterable[Op]) -> list[Place]:
+    """The calls of a training step, and of one forward that differ, the longest first."""
     names, found = {op.name for op in ops}, []
     for width in (768, 1024):
-        for (op, label), count in step(width).items():
-            if op in names:
-                batch = 128 if op.startswith("patch_embed") else 64
-                place = Place(
-                    op, "triton", "vit", label, "bfloat16", IMAGES // batch, autocast=True
-                )
+        for (op, label), count in calls(width).items():
+            if op not in names:
+                continue
+            batch = 128 if op.startswith("patch_embed") else 64
+            for step in ("train", "forward") if op == "norm_linear" else ("train",):
+                place = Place(op, "triton", "vit", label, "bfloat16", IMAGES // batch, step=step)
                 worth = count * seconds(place.case())
                 found += [replace(place, impl=i, worth=worth) for i in REGISTRY[op].launchers]
     unique = {replace(place, worth=0.0): place for place in found}  # attention is in both
