@@ -165,6 +165,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32"
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """What of `dot_precision` tells two buckets apart: 16-bit products know one only."""
+    return dot_precision(dtype) if dtype == torch.float32 else ""
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """Tile of a product: rows, columns and depth of one step; warps; software-pipeline stages.
@@ -178,6 +183,13 @@ class TileConfig:
     num_warps: int
     num_stages: int
     parts: int = 1
+
+
+@dataclass(frozen=True)
+class SplitConfig(TileConfig):
+    """Tile of a weight's gradient; programs: into how many a multiprocessor the work is split."""
+
+    programs: int = 2
 
 
 def fit(block: int, size: int) -> int:

@@ -252,7 +252,11 @@ def forward_candidates(width: int) -> list[RowConfig]:
 
 @dataclass(frozen=True)
 class SumConfig(RowConfig):
-    """programs: on each multiprocessor; every one takes tile after tile, and sums over its rows."""
+    """programs: on each multiprocessor; every one takes tile after tile, and sums over its rows.
+
+    Four have about 48 KB of loads in flight, which covers the latency of memory; their partial sums
+    are small enough to be read back from L2.
+    """
 
     programs: int = 4
 
@@ -390,8 +394,6 @@ def backward(
             "strided": x.stride(2) != 1,
         },
     )
-    # Four programs a multiprocessor have about 48 KB of loads in flight, which covers the latency
-    # of memory; their partial sums are small enough to be read back from L2.
     tiles = cdiv(batch * tokens, config.rows)
     programs = min(tiles, config.programs * sm_count(stream.device))
     partial = torch.empty(programs, sums, width, dtype=torch.float32, device=stream.device)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .._configs import tunable, variants
 from .._launch import (
+    SplitConfig,
     TileConfig,
     capability,
     cdiv,
-    dot_precision,
     fit,
     next_power_of_2,
     sm_count,
@@ -39,13 +39,6 @@ class ProductConfig(TileConfig):
 
     group: int = GROUP
     resident: int = 0
-
-
-@dataclass(frozen=True)
-class SplitConfig(TileConfig):
-    """Tile of a weight's gradient; programs: into how many a multiprocessor the work is split."""
-
-    programs: int = 2
 
 
 @dataclass(frozen=True)
@@ -221,8 +214,3 @@ INPUT_GRAD = tunable("linear.input_grad", ProductConfig)
 WEIGHT_GRAD = tunable("linear.weight_grad", SplitConfig)
 STATISTICS = tunable("linear.statistics", RowConfig)
 NORM_FINISH = tunable("linear.norm_finish", RowConfig)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """What of `dot_precision` tells two buckets apart: 16-bit products know one only."""
-    return dot_precision(dtype) if dtype == torch.float32 else ""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _tuned
-from .._launch import cdiv, dot_precision, launch, next_power_of_2, sm_count
+from .._launch import cdiv, dot_precision, launch, next_power_of_2, precision_of, sm_count
 from . import persistent
 from .backward import finish_kernel, input_grad_kernel, norm_finish_kernel, weight_grad_kernel
 from .configs import (
@@ -16,7 +16,6 @@ from .configs import (
     NORM_FINISH,
     STATISTICS,
     WEIGHT_GRAD,
-    precision_of,
     product_candidates,
     product_config,
     row_candidates,

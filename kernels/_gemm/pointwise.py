@@ -279,7 +279,7 @@ class Turns(NamedTuple):
 
 
 def turns(rows: int, width: int, config: TileConfig, sums: bool, device: torch.device) -> Turns:
-    """One tile a program; for sums over the rows, four programs a multiprocessor.
+    """One tile a program; for sums over the rows, by default four programs a multiprocessor.
 
     So many run at once, whatever registers the kernel takes; more would come in a second, partial
     wave. Their loads in flight, 16 KB and more, cover the latency of memory.

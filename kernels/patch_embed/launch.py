@@ -1,12 +1,20 @@
 """Launch configs of patch_embed with their reasons, and the launchers."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .._configs import tunable, variants
-from .._launch import TileConfig, capability, cdiv, dot_precision, fit, launch, sm_count
+from .._launch import (
+    SplitConfig,
+    TileConfig,
+    capability,
+    cdiv,
+    dot_precision,
+    fit,
+    launch,
+    precision_of,
+    sm_count,
+)
 from .._op import dtype_name
 from .._reduce import column_sum
 from .._triton import tl
@@ -52,13 +60,6 @@ def forward_candidates(
         if target >= (9, 0):
             found += variants(square, {"block_k": 64}, {"block_k": 64, "num_stages": 4})
     return found
-
-
-@dataclass(frozen=True)
-class SplitConfig(TileConfig):
-    """Tile of a weight's gradient; programs: into how many a multiprocessor the work is split."""
-
-    programs: int = 2
 
 
 def weight_grad_config(length: int, width: int, dtype: torch.dtype) -> SplitConfig:
@@ -171,7 +172,7 @@ def launch_forward(
             "cast": images.dtype not in (torch.uint8, compute_dtype),
             "nhwc": channels_last,
             "wide": out_dtype == torch.float32,
-            "precision": dot_precision(compute_dtype) if compute_dtype == torch.float32 else "",
+            "precision": precision_of(compute_dtype),
         },
     )
     tiles_m = cdiv(batch * g.patches, config.block_m) + cdiv(batch * prefix_tokens, config.block_m)
@@ -277,11 +278,11 @@ def _launch_weight_grad(
             "cast": images.dtype not in (torch.uint8, compute_dtype),
             "wide": grad.dtype != compute_dtype,
             "nhwc": is_channels_last(images),
-            "precision": dot_precision(compute_dtype) if compute_dtype == torch.float32 else "",
+            "precision": precision_of(compute_dtype),
         },
     )
     tiles = cdiv(width, config.block_n) * cdiv(g.length, config.block_k)
-    # One wave of two programs a multiprocessor, each with at least four steps to do.
+    # One wave of programs, each with at least four steps to do.
     wave = config.programs * sm_count(images.device)
     splits = max(1, min(wave // tiles, tokens // (4 * config.block_m)))
     steps = cdiv(cdiv(tokens, splits), config.block_m)
@@ -348,7 +349,7 @@ def _launch_image_grad(
             "patch": patch_w,
             "wide": grad.dtype != compute_dtype,
             "nhwc": is_channels_last(images),
-            "precision": dot_precision(compute_dtype) if compute_dtype == torch.float32 else "",
+            "precision": precision_of(compute_dtype),
         },
     )
     matrix = weight_matrix(weight, compute_dtype, channels_last=False)
