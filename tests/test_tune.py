@@ -229,7 +229,8 @@ def test_a_process_that_dies_or_hangs_costs_one_answer() -> None:
 def test_the_places_of_steps_exist() -> None:
     found = places.of_steps(REGISTRY.values())
     assert len({(place.op, place.label, place.step) for place in found}) == 2 * (12 + 2) - 2
-    assert [p.worth for p in found] == sorted((p.worth for p in found), reverse=True)
+    kinds = [(p.impl != "triton", "1024" in p.label, -p.worth) for p in found]
+    assert kinds == sorted(kinds)
     for place in found:
         batch = next(iter(place.case().meta().values())).shape[0]
         assert batch == places.IMAGES, place

@@ -1,8 +1,9 @@
 """Where launch configs are tuned: calls of our kernels, the most valuable first.
 
 First come the calls that ViT-B/16 and L/16 make with 256 images under autocast to bfloat16, in
-training and without a graph, by how long all layers take of them as predicted; then all other
-samples of real models.
+training and without a graph; then all other samples of real models. A run may be cut off after a
+minute: so B/16 comes before L/16, what `auto` takes before its rivals, and what all layers take
+long, as predicted, before the rest.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -180,9 +181,10 @@ def seconds(case: Case) -> float:
 
 
 def of_steps(ops: Iterable[Op]) -> list[Place]:
-    """The calls of a training step, and of one forward that differ, the longest first."""
-    names, found = {op.name for op in ops}, []
+    """The calls of a training step, and of one forward that differ, in the order said above."""
+    names, unique = {op.name for op in ops}, dict[Place, Place]()
     for width in (768, 1024):
+        found: list[Place] = []
         for (op, label), count in calls(width).items():
             if op not in names:
                 continue
@@ -191,8 +193,9 @@ def of_steps(ops: Iterable[Op]) -> list[Place]:
                 place = Place(op, "triton", "vit", label, "bfloat16", IMAGES // batch, step=step)
                 worth = count * seconds(place.case())
                 found += [replace(place, impl=i, worth=worth) for i in REGISTRY[op].launchers]
-    unique = {replace(place, worth=0.0): place for place in found}  # attention is in both
-    return sorted(unique.values(), key=lambda place: -place.worth)
+        for place in sorted(found, key=lambda place: -place.worth):
+            unique.setdefault(replace(place, worth=0.0), place)  # attention is in both
+    return sorted(unique.values(), key=lambda place: place.impl != "triton")
 
 
 def of_samples(ops: Iterable[Op], size: str, dtypes: Iterable[torch.dtype]) -> Iterator[Place]:
