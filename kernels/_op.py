@@ -402,7 +402,7 @@ def _measured(
     if torch.compiler.is_compiling():
         # Tables are of calls without a compiler: a reason that speaks of one goes before them. A
         # look-up would tie what is compiled to sizes that were to stay open.
-        if avoid or not _sizes_are_known(tensors):
+        if avoid or not sizes_are_known(n for t in tensors if t is not None for n in t.shape):
             return None
     elif not _tuned.table(device).entries:
         return None
@@ -474,11 +474,11 @@ def _key(
     )
 
 
-def _sizes_are_known(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether no size is a symbol, in a call that a compiler traces."""
+def sizes_are_known(sizes: Iterable[int]) -> bool:
+    """Whether none is a symbol, in a call that a compiler traces."""
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    return all(has_static_value(size) for t in tensors if t is not None for size in t.shape)
+    return all(has_static_value(size) for size in sizes)
 
 
 def lone_norm() -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitkern.kernels import REGISTRY, _configs, _norm, _tuned
+from vitkern.kernels import REGISTRY, _configs, _norm, _tuned, attention
 from vitkern.kernels._configs import override, record
 from vitkern.kernels._error_budget import as_tuple, in_float64, parity
 from vitkern.kernels._gemm import launch as gemm
@@ -145,6 +145,30 @@ def test_a_table_of_no_form_is_ignored(table: Any) -> None:
     table({"kernel": "norm.forward"})
     with pytest.warns(UserWarning, match="is ignored: KeyError"):
         assert launched() == (DEFAULT.rows, DEFAULT.num_warps)
+
+
+@interpreted
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_attention_is_launched_as_the_table_says(table: Any, dynamic: bool) -> None:
+    one, two = {"single": True}, {"single": False}
+    table(entry(two, kernel="attention.passes", bucket="k5 d16 plain", default=one))
+    seen: list[str] = []
+
+    def handle(launch: Launch) -> None:
+        seen.append(launch.kernel.fn.__name__)
+        launch.run()
+
+    def call(qkv: Tensor) -> Tensor:
+        return attention(qkv, impl="triton")
+
+    qkv = torch.randn(2, 5, 3, 2, 16, requires_grad=True)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    with intercept(handle):
+        compiled(qkv).sum().backward()
+    # A graph for any number of tokens can't go by that of one.
+    assert ("backward_kernel" in seen) == dynamic
+    assert ("backward_query_kernel" in seen) != dynamic
+    torch._dynamo.reset()
 
 
 def test_older_tables_have_no_configs(tmp_path: Path) -> None:

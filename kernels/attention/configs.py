@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _tuned
 from .._configs import tunable, variants
 from .._launch import capability, cdiv, next_power_of_2
+from .._op import sizes_are_known
 from .reference import Options
 
 MAX_HEAD_DIM = 128
@@ -110,18 +112,30 @@ def single_pass(keys: int, case: Case) -> bool:
     """Whether the gradients of a head with so many keys are computed in one launch.
 
     That is so where it can be, unless two were measured to be faster: 5 products on blocks of keys
-    as long as a power of two, against 7 without the padding. A compiler's graphs have the default.
+    as long as a power of two, against 7 without the padding. A compiler's graph has the default
+    where the number of keys stays open.
     """
-    fits = fits_single_pass(keys, case)
-    if not fits or torch.compiler.is_compiling():
-        return fits
-    return PASSES.pick(
+    if not fits_single_pass(keys, case):
+        return False
+    if torch.compiler.is_compiling() and not sizes_are_known((keys,)):
+        return True
+    return _fastest_in_one(keys, case.width, case.plain, case.device, case.dtype)
+
+
+def _fastest_in_one(
+    keys: int, width: int, plain: bool, device: torch.device, dtype: torch.dtype
+) -> bool:
+    config = PASSES.pick(
         PassConfig(True),
-        case.device,
-        case.dtype,
+        device,
+        dtype,
         lambda: [PassConfig(False)],
-        lambda: {"k": keys, "d": case.width, "plain": case.plain},
-    ).single
+        lambda: {"k": keys, "d": width, "plain": plain},
+    )
+    return config.single
+
+
+_tuned.constant_in_graphs(_fastest_in_one)
 
 
 def fits_single_pass(keys: int, case: Case) -> bool:
