@@ -297,6 +297,13 @@ def test_a_call_as_under_autocast_is_held_against_float64(name: str) -> None:
     assert verdict["ok"]
 
 
+def test_implementations_of_base_come_first() -> None:
+    found = tune.ordered(REGISTRY.values(), "vit", [torch.bfloat16])
+    first = places.calls(768)
+    assert {(case.op.name, case.sample.label) for case in found[: len(first)]} == set(first)
+    assert len(found) == len(list(_cases.cases(REGISTRY.values(), ["vit"], [torch.bfloat16])))
+
+
 @pytest.mark.parametrize("name", ["linear_residual_backward", "norm_linear_backward", "attention"])
 def test_a_repeated_sample_is_one_of_a_larger_batch(name: str) -> None:
     op = REGISTRY[name]

@@ -11,7 +11,7 @@ may end at any time, and the next one goes on where it stopped.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .. import _ops
 from .._cases import DTYPES, Case, cases, dealt, implementations, public, timed
 from .._contest import Absent, Log, Unfit, failure, held
 from .._measure import Timer, environment
-from . import configs
+from . import configs, places
 
 # Of a run: what must be the same for its figures to hold.
 SAME = ("gpu", "torch", "triton", "vitkern", "commit")
@@ -217,6 +217,19 @@ def main(
     return 1 if failed else 0
 
 
+def ordered(ops: Iterable[Op], size: str, dtypes: Iterable[torch.dtype]) -> list[Case]:
+    """Dtype by dtype the cases of B/16, then every op's first sample: a run may be cut off."""
+    first = places.calls(768)
+    return [
+        case
+        for dtype in dtypes
+        for case in sorted(
+            dealt(cases(ops, [size], [dtype])),
+            key=lambda case: (case.op.name, case.sample.label) not in first,
+        )
+    ]
+
+
 def tune_implementations(
     draft: Draft,
     ops: list[Op],
@@ -228,8 +241,7 @@ def tune_implementations(
     """Fill the table's entries until done or until `end`, by time.monotonic."""
     cuda, timer = device.type == "cuda", Timer(device)
     size, dtypes = ("vit", DTYPES) if cuda else ("tiny", (torch.float32,))
-    # Dtype by dtype, and every op's first sample first: a run may be cut off.
-    every = [case for dtype in dtypes for case in dealt(cases(ops, [size], [dtype]))]
+    every = ordered(ops, size, dtypes)
     todo = [case for case in every if again or not draft.holds(case)]
     print(f"{draft.path}: {len(every)} cases, {len(every) - len(todo)} measured before")
     print(timer.policy)
