@@ -102,9 +102,8 @@ def steps(folder: Path, device: str) -> list[Step]:
     tests = "tests/test_gpu.py" if toy else "tests"
     tests_argv = [*pytest, tests, "-m", "gpu", f"--outcomes={folder / OUTCOMES}"]
     if find_spec("xdist") and not toy:
-        # A test takes milliseconds, and to compile its kernels seconds; those that need much of the
-        # card's memory are one group, so that they take turns.
-        tests_argv += ["-n", str(max(1, min(16, (os.cpu_count() or 1) - 2))), "--dist=loadgroup"]
+        # A test takes milliseconds, and to compile its kernels seconds.
+        tests_argv += ["-n", str(max(1, min(16, (os.cpu_count() or 1) - 2)))]
         tests_argv += ["--max-worker-restart=1000"]
         if find_spec("pytest_timeout"):  # a kernel that waits for ever costs one worker, not all
             tests_argv += ["--timeout=200", "--timeout-method=thread"]
@@ -137,10 +136,10 @@ def steps(folder: Path, device: str) -> list[Step]:
             needs=("setuptools", "cmake", "nvcc"),
             variables={"VITKERN_NATIVE": "1", "VITKERN_CUDA": "1"},
         ),
-        Step("tests", 20, lambda _: tests_argv, needs=("pytest",), good=NOTHING_FAILED),
-        verify("kernels", 12, *few, *(["--repeats", "2"] if toy else ["--size", "tiny", "vit"])),
-        verify("sanitizer", 15, *few),
-        verify("training", 8, *(["--toy", "--only", "digits"] if toy else [])),
+        Step("tests", 24, lambda _: tests_argv, needs=("pytest",), good=NOTHING_FAILED),
+        verify("kernels", 10, *few, *(["--repeats", "2"] if toy else ["--size", "tiny", "vit"])),
+        verify("sanitizer", 14, *few),
+        verify("training", 14, *(["--toy", "--only", "digits"] if toy else [])),
         Step("tune", 20, lambda seconds: [*tune_argv, within(seconds)]),
         bench("models", "small", 25),
         bench("ops", "small", 15),

@@ -3,6 +3,7 @@
 That is decided when a kernel is decorated, so before vitkern is imported anywhere.
 """
 
+import gc
 import json
 import os
 import sys
@@ -83,6 +84,21 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and not INTERPRET:
         pytest.skip("the kernels are compiled in this process: TRITON_INTERPRET is not set")
     return request.param
+
+
+@pytest.fixture
+def card_to_itself() -> Iterator[None]:
+    """Of tests in several processes, those that need much of a card's memory take turns."""
+    if not GPU:
+        yield
+        return
+    import fcntl
+
+    with open(os.path.join(tempfile.gettempdir(), "vitkern-card"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

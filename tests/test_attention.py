@@ -172,7 +172,7 @@ def test_prefix_tokens_are_not_rotated(kernel_device: str) -> None:
         torch.testing.assert_close(actual, attention(rotated, impl="triton"))
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("card_to_itself")
 @pytest.mark.parametrize("where", ["images", "tokens"])
 def test_offsets_beyond_int32(where: str, kernel_device: str) -> None:
     """Images, or tokens, 2^31 values apart; memory that is never touched costs nothing."""

@@ -380,7 +380,7 @@ def test_wrapped_for_many_gpus(wrapper: str) -> None:
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("card_to_itself")
 class TestLargeLinears:
     """More than 2^31 elements, and more programs than axes 1 and 2 of a grid can count."""
 

@@ -39,7 +39,7 @@ def test_float16_rows_whose_squares_overflow(kernel_device: str) -> None:
     assert torch.equal(layer_norm(x, weight, impl="triton").float(), x.float().sign())
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("card_to_itself")
 def test_offsets_beyond_int32(kernel_device: str) -> None:
     """Two rows 2^31 values apart; memory that is never touched costs nothing."""
     if kernel_device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:

@@ -120,7 +120,7 @@ def test_autocast_returns_what_eager_would(impl: str, kernel_device: str) -> Non
     assert a["weight"].grad.dtype == torch.float32
 
 
-@pytest.mark.xdist_group("memory")
+@pytest.mark.usefixtures("card_to_itself")
 def test_offsets_beyond_int32(kernel_device: str) -> None:
     """Two images 2^31 bytes apart; memory that is never touched costs nothing."""
     a = arguments(kernel_device)
