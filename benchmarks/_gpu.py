@@ -271,7 +271,8 @@ def main(
                     f"({row['seconds']:.0f} s)",
                     flush=True,
                 )
-        _proxies.add(log)
+        if any(step.what.startswith("models") for step in chosen):  # what they are held beside
+            _proxies.add(log)
     finally:
         log.close()
         _report.main_report([log.path], folder, pictures=False)
