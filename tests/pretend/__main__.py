@@ -36,10 +36,11 @@ def build(name: str, sources: list[str], functions: set[str], include: Path) -> 
     made = {n for s in sources for n in re.findall(r"\b(\w+)\(", (HERE / s).read_text())}
     rest = BUILD / f"{name}.rest.c"
     rest.write_text("".join(f"int {f}() {{ return 0; }}\n" for f in sorted(functions - made)))
-    library = BUILD / name
+    library, draft = BUILD / name, BUILD / f"{name}.{os.getpid()}"
     command = ["gcc", "-w", "-O1", "-shared", "-fPIC", f"-I{include}", f"-Wl,-soname,{name}"]
-    command += ["-o", str(library), *(str(HERE / s) for s in sources), str(rest), "-ldl"]
+    command += ["-o", str(draft), *(str(HERE / s) for s in sources), str(rest), "-ldl"]
     subprocess.run(command, check=True)
+    os.replace(draft, library)  # another process may be running on it
     return library
 
 
