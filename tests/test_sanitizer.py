@@ -485,5 +485,5 @@ def test_without_a_gpu_or_the_tool(
     monkeypatch.setattr(sanitizer, "find_tool", lambda: None)
     assert main(tmp_path / "r.jsonl") == 2
     assert "no compute-sanitizer" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="tools: expected some of memcheck"):
+    with pytest.raises(ValueError, match="--tool: expected some of memcheck"):
         main(tmp_path / "r.jsonl", tools=["leakcheck"])

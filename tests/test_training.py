@@ -321,9 +321,9 @@ def test_what_hangs_is_ended(monkeypatch, tmp_path):
 
 
 def test_what_is_asked_for_is_checked(tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="only: unknown 'digit'; expected some of digits, vit"):
+    with pytest.raises(ValueError, match="--only: unknown 'digit'; expected some of digits, vit"):
         training.main(tmp_path / "r.jsonl", CPU, tmp_path, only=["digit"])
-    with pytest.raises(ValueError, match="steps: expected at least 20, got 5"):
+    with pytest.raises(ValueError, match="--steps: expected at least 20, got 5"):
         training.main(tmp_path / "r.jsonl", CPU, tmp_path, steps=5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert training.main(tmp_path / "r.jsonl", torch.device("cuda"), tmp_path) == 2

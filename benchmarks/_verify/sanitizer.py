@@ -213,7 +213,7 @@ def main(
     stop = time.monotonic() + 60 * (1e6 if minutes is None else minutes)
     for tool in tools:
         if tool not in OPTIONS:
-            raise ValueError(f"tools: expected some of {', '.join(OPTIONS)}, got {tool!r}")
+            raise ValueError(f"--tool: expected some of {', '.join(OPTIONS)}, got {tool!r}")
     if where == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA GPU here, and compute-sanitizer looks at one", file=sys.stderr)
         return 2

@@ -125,11 +125,11 @@ def main(
     """
     tasks = [learning.rehearsal(task) if toy else task for task in TASKS.values()]
     if unknown := sorted(set(only or ()) - set(TASKS)):
-        raise ValueError(f"only: unknown {unknown[0]!r}; expected some of {', '.join(TASKS)}")
+        raise ValueError(f"--only: unknown {unknown[0]!r}; expected some of {', '.join(TASKS)}")
     if steps is None:
         steps = 20 if toy else 200
     if steps < 2 * WINDOW:
-        raise ValueError(f"steps: expected at least {2 * WINDOW}, got {steps}")
+        raise ValueError(f"--steps: expected at least {2 * WINDOW}, got {steps}")
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA GPU here, on which to train", file=sys.stderr)
         return 2
