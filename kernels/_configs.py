@@ -143,7 +143,8 @@ def record() -> Iterator[list[Asked]]:
     before = _asked, _watched
     _asked, _watched = [], True
     try:
-        yield _asked
+        with _launch.watching():
+            yield _asked
     finally:
         _asked, _watched = before
 
@@ -165,7 +166,8 @@ def override(configs: Mapping[_tuned.Key, Any]) -> Iterator[None]:
     before = _overrides, _watched
     _overrides, _watched = {**_overrides, **configs}, True
     try:
-        yield
+        with _launch.watching():
+            yield
     finally:
         _overrides, _watched = before
 

@@ -8,6 +8,8 @@ arguments a second time.
 
 import contextlib
 import contextvars
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,29 +35,43 @@ class Launch:
     num_stages: int
     scratch: bool = False
 
-    def run(self, kernel: Any = None) -> None:
-        """Run it, through `kernel` (a wrapped copy of the same kernel) where one is given."""
-        kernel = self.kernel if kernel is None else kernel
-        if self.scratch:
-            # Triton keeps its allocator in a context variable, which autograd's threads don't have;
-            # in a context of our own we don't take away one that the caller has set, either.
-            contextvars.copy_context().run(self._call_with_scratch, kernel)
-        else:
-            self._call(kernel)
+    def run(self, kernel: Any = None) -> Any:
+        """Run it, through `kernel` (a wrapped copy of the same kernel) where one is given.
 
-    def _call(self, kernel: Any) -> None:
-        kernel[self.grid](
-            *self.args,
-            **self.constexprs,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
+        Returns:
+            What Triton has compiled for it; None from its interpreter.
+        """
+        call = (self.kernel if kernel is None else kernel)[self.grid]
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
             # Triton 3.10 turns the contraction of a * b + c off by default.
-            enable_fp_fusion=True,
-        )
+            "enable_fp_fusion": True,
+        }
+        if self.scratch:
+            return with_scratch(call, *self.args, **self.constexprs, **options)
+        return call(*self.args, **self.constexprs, **options)
 
-    def _call_with_scratch(self, kernel: Any) -> None:
-        triton.set_allocator(_scratch)
-        self._call(kernel)
+    def arguments(self) -> list[Any]:
+        """All that the kernel declares, in its order: what compiled code is called with."""
+        signature: inspect.Signature = self.kernel.signature
+        bound = signature.bind(*self.args, **self.constexprs)
+        bound.apply_defaults()
+        return list(bound.arguments.values())
+
+
+def with_scratch(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call something of Triton's that launches a kernel with a `Launch.scratch`.
+
+    Triton keeps its allocator in a context variable, which autograd's threads don't have; in a
+    context of our own we don't take away one that the caller has set, either.
+    """
+    return contextvars.copy_context().run(_with_scratch, call, args, kwargs)
+
+
+def _with_scratch(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    triton.set_allocator(_scratch)
+    return call(*args, **kwargs)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -68,6 +84,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 # Plain globals and not context variables: autograd calls backward launchers from its own threads.
+_watchers = 0
 _interceptor: Callable[[Launch], None] | None = None
 _capability: tuple[int, int] | None = None
 _processors: int | None = None
@@ -91,9 +108,48 @@ def intercept(
     before = _interceptor, _capability, _processors
     _interceptor, _capability, _processors = handle, capability, processors
     try:
-        yield
+        with watching():
+            yield
     finally:
         _interceptor, _capability, _processors = before
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Within the block launchers decide each launch anew: a tool looks on, or has a say."""
+    global _watchers
+    _watchers += 1
+    try:
+        yield
+    finally:
+        _watchers -= 1
+
+
+def watched() -> bool:
+    """Whether a tool looks at launches: ours, or one that has hung itself into Triton."""
+    return _watchers > 0 or _hooked()
+
+
+def _hooked() -> bool:
+    if triton is None:
+        return False
+    runtime = triton.knobs.runtime
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    # None, or in newer releases a chain of any length.
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+_heard = threading.local()
+
+
+@contextlib.contextmanager
+def heard(by: Callable[[Launch, Any], None]) -> Iterator[None]:
+    """Tell `by` of each launch of this thread, after it, and what Triton had compiled for it."""
+    _heard.by = by
+    try:
+        yield
+    finally:
+        _heard.by = None
 
 
 def intercepted() -> bool:
@@ -123,11 +179,27 @@ def launch(
         _interceptor(this)
         return
     device = next(a for a in args if isinstance(a, Tensor)).device
-    if INTERPRET or device.index == torch.cuda.current_device():
-        this.run()
+    if INTERPRET or device.index == current_device():
+        compiled = this.run()
     else:  # Triton launches on the current device, whatever the tensors are on.
         with torch.cuda.device(device):
-            this.run()
+            compiled = this.run()
+    by = getattr(_heard, "by", None)
+    if by is not None:
+        by(this, compiled)
+
+
+def current_device() -> int:
+    """Index of the GPU that is current; -1 without one, for Triton's interpreter."""
+    return _get_device()
+
+
+# What torch.cuda.current_device() and Triton's driver call in the end, after a microsecond of
+# questions whether CUDA is there; it is, where a launcher has CUDA tensors.
+_get_device: Callable[[], int] = (
+    (lambda: -1) if INTERPRET else getattr(torch._C, "_cuda_getDevice", lambda: -1)
+)
+current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _tuned, _verified
 from ._launch import intercepted
+from ._replay import replayed
 from ._triton import INTERPRET, TRITON_MISSING
 from ._verified import KERNELS as KERNELS
 
@@ -249,9 +250,10 @@ def _operator(
     LIBRARY.define(name + schema)
     torch.library.register_fake(f"vitkern::{name}", fake, lib=LIBRARY)
     if launcher is not None:
-        LIBRARY.impl(name, launcher, "CUDA")
+        run = replayed(launcher)
+        LIBRARY.impl(name, run, "CUDA")
         if INTERPRET:  # the interpreter runs kernels on CPU tensors
-            LIBRARY.impl(name, launcher, "CPU")
+            LIBRARY.impl(name, run, "CPU")
     operator: Callable[..., Any] = getattr(torch.ops.vitkern, name).default
     return operator
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
-from ._launch import next_power_of_2
+from ._launch import next_power_of_2, watching
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "tuned"
@@ -204,7 +204,8 @@ def using(device: torch.device, contents: Table) -> Iterator[None]:
     before = _tables.get(device)
     _tables[device] = contents
     try:
-        yield
+        with watching():
+            yield
     finally:
         del _tables[device]
         if before is not None:

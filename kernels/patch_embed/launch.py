@@ -113,7 +113,7 @@ def weight_matrix(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Te
     if source.dtype == dtype and padded == length and source.is_contiguous():
         return source.view(width, length)
     matrix = torch.empty(width, padded, dtype=dtype, device=weight.device)
-    matrix[:, length:] = 0
+    matrix[:, length:].zero_()
     matrix[:, :length].view(source.shape).copy_(source)
     return matrix
 
