@@ -180,9 +180,13 @@ class Bench:
         if mine.call is not None and (calls or with_ours):
             calls = {ours: mine.call, AGAIN: mine.call, **calls}
         times: dict[str, list[float]] = {}
+        host: dict[str, float] = {}
         try:
             # What a launch of an op costs Python is the model's to show.
-            times = self.timer.in_turns(calls, self.seconds, ahead=contest.level == "op")
+            alone = contest.level == "op"
+            times = self.timer.in_turns(calls, self.seconds, ahead=alone)
+            if not alone and self.timer.device.type == "cuda":
+                host = {name: self.timer.host_seconds(call, 5) for name, call in calls.items()}
         except Exception as problem:
             self._free()
             right = [e for e in entered if e.call is not None]
@@ -203,6 +207,8 @@ class Bench:
             if seconds:
                 stats = Stats.of(seconds)
                 row["seconds"] = vars(stats)
+                if row["impl"] in host:
+                    row["host_seconds"] = host[row["impl"]]
                 if ours in times:
                     row["a_a"] = vars(Stats.of(_ratios(times[AGAIN], times[ours])))
                     if row["impl"] != ours:

@@ -116,14 +116,20 @@ class Timer:
         last.record()
         return lambda: first.elapsed_time(last) / 1e3
 
-    def _host_seconds(self, call: Call) -> float:
-        """How long the host takes over a call that is warm; 0 on a CPU, where that is all."""
+    def host_seconds(self, call: Call, times: int = 1) -> float:
+        """How long the host takes over a call that is warm, a GPU's queue being empty: the median.
+
+        0 on a CPU, where that is all.
+        """
         if self._flush is None:
             return 0.0
-        torch.cuda.synchronize(self.device)
-        start = self.clock()
-        call()
-        return self.clock() - start
+        found = []
+        for _ in range(times):
+            torch.cuda.synchronize(self.device)
+            start = self.clock()
+            call()
+            found.append(self.clock() - start)
+        return statistics.median(found)
 
     def _read(self, records: Iterable[Callable[[], float]]) -> list[float]:
         if self._flush is not None:
@@ -137,7 +143,7 @@ class Timer:
     def __call__(self, call: Call, seconds: float = 0.2, least: int = 5, most: int = 200) -> Stats:
         """Warm up, then time `call` for about `seconds`, the queue ahead of the card."""
         self.samples(call, 2)
-        lead = self._host_seconds(call)
+        lead = self.host_seconds(call)
         estimate = statistics.median(self.samples(call, 3, lead))
         return Stats.of(self.samples(call, repeats(estimate, seconds, least, most), lead))
 
@@ -157,7 +163,7 @@ class Timer:
         """
         for call in calls.values():
             self.samples(call, 2)
-        leads = {name: self._host_seconds(call) if ahead else 0.0 for name, call in calls.items()}
+        leads = {name: self.host_seconds(call) if ahead else 0.0 for name, call in calls.items()}
         estimate = sum(self.samples(call, 1)[0] for call in calls.values())
         rounds = repeats(estimate, seconds * len(calls), least, most)
         shuffle = random.Random(0).shuffle

@@ -218,9 +218,11 @@ class _Recorder(TorchDispatchMode):
         if self.problem is not None or self.busy:
             return
         needs: list[str] = []
-        # The interpreter is called as the launcher does, compiled code with all that is declared.
-        every = this.args if INTERPRET else this.arguments()
-        given = [self._argument(a, needs) for a in every]
+        given = [self._argument(a, needs) for a in this.args]
+        if (
+            not INTERPRET
+        ):  # which is called as launchers do; compiled code with all that is declared
+            given += [self._constant("c", value) for value in this.arguments()[len(given) :]]
         if self.problem is None:
             line = self._launch_line(this, compiled, given)
             self.steps.append(_Step(line, needs, (), True))

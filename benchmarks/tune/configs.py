@@ -34,7 +34,7 @@ from vitkern.kernels._tuned import Key
 from .. import _offline
 from .._measure import Stats, Timer
 from .._workers import Died, Raised, Worker
-from .places import Place, looked_at, of_samples, of_steps
+from .places import STAGES, Place, looked_at, of_samples, of_steps
 
 if TYPE_CHECKING:
     from . import Draft
@@ -173,7 +173,7 @@ def measure(place: Place, device: str, configs: Configs, limit: float, excess: f
             if ratio > excess:
                 return {"ok": False, "why": _exceeded(verdict), "excess": ratio}
         # The queue ahead of the card, as where it is timed properly: else launches would count.
-        quick = Stats.of(on.timer.samples(call, 3, on.timer._host_seconds(call))).median
+        quick = Stats.of(on.timer.samples(call, 3, on.timer.host_seconds(call))).median
         if quick > limit:
             return {"ok": True, "seconds": quick, "short": True}
         return {"ok": True, "seconds": on.timer(call, 0.03, 5, 50).median}
@@ -445,12 +445,14 @@ def tune(
             fail("configs", {"why": f"no process with this device: {problem}"})
             return
         if cuda:
-            stages = [of_steps(ops), of_samples(ops, "vit", [torch.bfloat16])]
-            stages += [of_samples(ops, "vit", [dtype]) for dtype in (torch.float16, torch.float32)]
+            found = (tuner.target, tuner.processors)
+            stages = [partial(of_steps, ops, batches, *found) for batches in STAGES]
+            dtypes = (torch.bfloat16, torch.float16, torch.float32)
+            stages += [partial(of_samples, ops, "vit", [dtype]) for dtype in dtypes]
         else:
-            stages = [of_samples(ops, "tiny", [torch.float32])]
+            stages = [partial(of_samples, ops, "tiny", [torch.float32])]
         for places in stages:
-            left = tuner.work(places)
+            left = tuner.work(places())
             if tuner.lost >= LOST:
                 fail("configs", {"why": f"{LOST} processes in a row were lost"})
             if tuner.late():
