@@ -1,11 +1,12 @@
 """The tuner: what is the fastest on this card, as a table: launch configs, then implementations.
 
 The configs of our kernels come first (``configs.py``), so that the implementations are measured
-with those. Every implementation of an op is then held against float64 and timed, on the samples of
-real models; those of a backward op together with the forward pass that goes before it. Tables are
-by bucket, and the bucket of a sample is asked of `choose` itself: the public function is called,
-and its record says under which name it looked. The table is on disk after every case, so that a run
-may end at any time, and the next one goes on where it stopped.
+with those. Every implementation of an op is then held against float64 and timed, on the calls that
+ViT-B/16 and L/16 make (``places.py``) and on the samples of real models; those of a backward op
+together with the forward pass that goes before it. Tables are by bucket, and the bucket of a call
+is asked of `choose` itself: the public function is called, and its record says under which name it
+looked. The table is on disk after every case, so that a run may end at any time, and the next one
+goes on where it stopped.
 """
 
 import json
@@ -156,6 +157,13 @@ def right(case: Case, device: torch.device, fail: Callable[[str, Any], None]) ->
 
 def tune_case(case: Case, draft: Draft, timer: Timer, fail: Callable[[str, Any], None]) -> str:
     """Check and time all implementations of one case; what was found, in words."""
+    if isinstance(case, places.StepCase):  # as the model calls them; casts are part of a step
+        with torch.autocast(timer.device.type, case.dtype, cache_enabled=False):
+            return _tune_case(case, draft, timer, fail)
+    return _tune_case(case, draft, timer, fail)
+
+
+def _tune_case(case: Case, draft: Draft, timer: Timer, fail: Callable[[str, Any], None]) -> str:
     good = right(case, timer.device, fail)
     if case.is_backward:  # right gradients alone don't make what trains right
         forward = right(case.forward, timer.device, fail)
@@ -217,17 +225,20 @@ def main(
     return 1 if failed else 0
 
 
-def ordered(ops: Iterable[Op], size: str, dtypes: Iterable[torch.dtype]) -> list[Case]:
-    """Dtype by dtype the cases of B/16, then every op's first sample: a run may be cut off."""
-    first = places.calls(768)
-    return [
-        case
-        for dtype in dtypes
-        for case in sorted(
-            dealt(cases(ops, [size], [dtype])),
-            key=lambda case: (case.op.name, case.sample.label) not in first,
-        )
-    ]
+def ordered(
+    ops: Iterable[Op],
+    size: str,
+    dtypes: Iterable[torch.dtype],
+    stages: Iterable[places.Batches] = (),
+    card: tuple[tuple[int, int], int] = ((8, 0), 108),
+) -> list[Case]:
+    """The calls of these steps on such a card, then dtype by dtype the first sample of every op.
+
+    Then the second and so on: a run may be cut off.
+    """
+    ops = list(ops)
+    found: list[Case] = [c for batches in stages for c in places.step_cases(ops, batches, *card)]
+    return found + [case for dtype in dtypes for case in dealt(cases(ops, [size], [dtype]))]
 
 
 def tune_implementations(
@@ -240,8 +251,10 @@ def tune_implementations(
 ) -> None:
     """Fill the table's entries until done or until `end`, by time.monotonic."""
     cuda, timer = device.type == "cuda", Timer(device)
-    size, dtypes = ("vit", DTYPES) if cuda else ("tiny", (torch.float32,))
-    every = ordered(ops, size, dtypes)
+    if cuda:
+        every = ordered(ops, "vit", DTYPES, places.STAGES, configs.describe(str(device)))
+    else:
+        every = ordered(ops, "tiny", [torch.float32])
     todo = [case for case in every if again or not draft.holds(case)]
     print(f"{draft.path}: {len(every)} cases, {len(every) - len(todo)} measured before")
     print(timer.policy)

@@ -10,6 +10,7 @@ again, are timed in turns. An alternative that crashes that process, or hangs, i
 next one finds a new process. What is found is on disk before the next kernel's turn.
 """
 
+import itertools
 import math
 import os
 import time
@@ -445,14 +446,15 @@ def tune(
             fail("configs", {"why": f"no process with this device: {problem}"})
             return
         if cuda:
-            found = (tuner.target, tuner.processors)
-            stages = [partial(of_steps, ops, batches, *found) for batches in STAGES]
             dtypes = (torch.bfloat16, torch.float16, torch.float32)
-            stages += [partial(of_samples, ops, "vit", [dtype]) for dtype in dtypes]
+            stages: Iterator[Iterable[Place]] = itertools.chain(
+                (of_steps(ops, batches, tuner.target, tuner.processors) for batches in STAGES),
+                (of_samples(ops, "vit", [dtype]) for dtype in dtypes),
+            )
         else:
-            stages = [partial(of_samples, ops, "tiny", [torch.float32])]
+            stages = iter([of_samples(ops, "tiny", [torch.float32])])
         for places in stages:
-            left = tuner.work(places())
+            left = tuner.work(places)
             if tuner.lost >= LOST:
                 fail("configs", {"why": f"{LOST} processes in a row were lost"})
             if tuner.late():

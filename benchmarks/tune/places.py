@@ -1,18 +1,24 @@
 """Where launch configs are tuned: calls of our kernels, the most valuable first.
 
-First come the calls that ViT-B/16 and L/16 make with 256 images under autocast to bfloat16, in
-training and without a graph; then all other samples of real models. A run may be cut off after a
-minute: so B/16 comes before L/16, what `auto` takes before its rivals, and what all layers take
-long, as predicted, before the rest.
+First come the calls that ViT-B/16 and L/16 make under autocast to bfloat16: those of a training
+step and of inference with 256 images, then of inference with 1 and with 32. Nobody lists them: the
+models run, on tensors that nothing is written to, and what they call is taken down, so that nothing
+can be forgotten. Then come all other samples of real models. A run may be cut off after a minute:
+so B/16 comes before L/16, what `auto` takes before its rivals, and what takes long, as predicted,
+before the rest.
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import vitkern
 from vitkern.kernels import REGISTRY
 from vitkern.kernels._configs import Asked, override, record
 from vitkern.kernels._launch import Launch, intercept
@@ -21,104 +27,161 @@ from vitkern.kernels._tuned import Key, dtype_of
 
 from .._cases import Case, cases
 
-IMAGES = 256
+MODELS = ("vit_base_patch16_224", "vit_large_patch16_224")
+POOLS = ("token", "avg")  # with which the last block differs
+STAGES = (((256, True), (256, False)), ((1, False), (32, False)))  # images, and whether they train
+
+Batches: TypeAlias = Iterable[tuple[int, bool]]
+
+# Blocks: the first, the last, the one before that, and one that stands for all others.
+DEPTH = 4
 
 # Of an H100's data sheet, at what products and copies usually reach of it: these only order calls.
 FLOPS_PER_S, BYTES_PER_S = 700e12, 2.8e12
 
 
-def calls(width: int) -> dict[tuple[str, str], int]:
-    """(op, sample): how often a training step calls it for a layer, of 12 of them."""
-    layers = {768: 12, 1024: 24}[width]
-    qkv = f"ln 64x197x{width} ->  {3 * width} saved given statistics"
-    fc1 = f"ln 64x197x{width} -> gelu {4 * width} saved given statistics"
-    projection, fc2 = (f"64x197x{k} -> {width} statistics" for k in (width, 4 * width))
-    per_layer = [
-        ("norm_linear", qkv),
-        ("norm_linear_backward", qkv),
-        ("norm_linear", fc1),
-        ("norm_linear_backward", fc1),
-        ("linear_residual", projection),
-        ("linear_residual_backward", projection),
-        ("linear_residual", fc2),
-        ("linear_residual_backward", f"{fc2} behind gelu"),
-        ("attention", "B=64 N=197 H=12 d=64"),
-        ("attention_backward", "B=64 N=197 H=12 d=64"),
-    ]
-    once = [
-        (op, f"128x3x224x224 /16x16 D={width}") for op in ("patch_embed", "patch_embed_backward")
-    ]
-    return {**dict.fromkeys(per_layer, layers), **dict.fromkeys(once, 1)}
+@dataclass(frozen=True)
+class Laid(Arg):
+    """An argument as a model gave it, with its strides; large ones are drawn where they lie."""
+
+    strides: tuple[int, ...] = ()
+
+    def make(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        """The tensor, on the device: on a CPU the values of a large batch would take seconds."""
+        dtype = self.dtype or dtype
+        # What is the same all along a dimension lies there once.
+        shape = [
+            1 if stride == 0 else n for n, stride in zip(self.shape, self.strides, strict=True)
+        ]
+        made = torch.empty_strided(shape, self.strides, dtype=dtype, device=device)
+        if device.type != "meta":
+            seed = int(torch.randint(1 << 31, (), generator=generator))
+            own = torch.Generator(device).manual_seed(seed)
+            values = torch.randn(shape, generator=own, device=device)
+            made.copy_(values.mul_(self.scale).add_(self.offset))
+        return made.expand(self.shape)
 
 
-# What stays float32 under autocast: images, the stream, and parameters that are cast within the op;
-# but not the weight of patch_embed_backward, whose gradient, were it float32, would be held against
-# a definition that rounds nothing to 16 bits.
-FLOAT32 = {
-    "patch_embed": ("images", "weight", "bias", "pos_embed", "prefix"),
-    "patch_embed_backward": ("grad", "images"),
-    "norm_linear": ("x", "norm_weight", "norm_bias"),
-    "norm_linear_backward": ("norm_weight", "norm_bias", "d_stream"),
-    "linear_residual": ("residual",),
-    "linear_residual_backward": ("d_stream",),
-}
+def laid(t: Tensor) -> Laid:
+    """What makes a tensor of the form of `t`."""
+    return Laid(tuple(t.shape), t.dtype, strides=tuple(t.stride()))
 
 
-def under_autocast(op: str, sample: Sample, step: str) -> Sample:
-    """The sample as a block under autocast calls the op: samples have one dtype for nearly all.
+class Call(NamedTuple):
+    """A call of an operator: by the names of its arguments what makes a tensor, or the value."""
 
-    The gradient of fc1 comes without z, as that of fc2 has gone through the activation already. A
-    step "forward" saves nothing.
-    """
-    args, options = dict(sample.args), dict(sample.options)
-    for name in FLOAT32.get(op, ()):
-        arg = args[name]
-        if arg is not None and arg.dtype is None:  # bytes stay bytes
-            args[name] = replace(arg, dtype=torch.float32)
-    options |= dict.fromkeys({"out_dtype", "param_dtype"} & options.keys(), torch.float32)
-    if op == "norm_linear_backward":
-        args["z"] = None
-        options |= {"activation": "", "gated": False}
-    if op == "norm_linear":
-        options["need_saved"] = step == "train"
-    return replace(sample, args=args, options=options)
+    op: str
+    given: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        """What tells it from others of its op: shapes, options that are set, tensors that came."""
+        args = {name: arg for name, arg in self.given if isinstance(arg, Arg)}
+        first = next(iter(args))
+        shapes = ["x".join(map(str, args[n].shape)) for n in (first, "weight") if n in args]
+        words = [v for _, v in self.given if isinstance(v, str) and v]
+        flags = [name for name, value in self.given if value is True]
+        others = [name for name in args if name != first and not name.endswith(("weight", "bias"))]
+        return " ".join([*dict.fromkeys(shapes), *words, *flags, *others])
+
+    def sample(self, label: str) -> Sample:
+        """The values are drawn, and derived, as those of the sample most like it.
+
+        Raises:
+            LookupError: what is to be derived is not what came.
+        """
+        given = dict(self.given)
+
+        def likeness(sample: Sample) -> tuple[int, ...]:
+            made = sample.make("meta", torch.bfloat16)
+            pairs = [(given[name], made[name]) for name in sample.args]
+            there = sum((ours is None) == (theirs is None) for ours, theirs in pairs)
+            options = sum(given[name] == made[name] for name in sample.options)
+            alike = sum(o.shape[1:] == t.shape[1:] for o, t in pairs if o is not None is not t)
+            return there - len(pairs), options, alike
+
+        for like in sorted(REGISTRY[self.op].samples("vit"), key=likeness, reverse=True):
+            args: dict[str, Arg | None] = {}
+            for name, other in like.args.items():
+                arg: Laid | None = given[name]
+                if arg is not None and other is not None:
+                    arg = replace(arg, scale=other.scale, offset=other.offset)
+                args[name] = arg
+            # Its gradient, were it float32, would be held against a definition that rounds nothing.
+            if self.op == "patch_embed_backward":
+                args["weight"] = replace(given["weight"], dtype=given["compute_dtype"])
+            found = Sample(label, args, {name: given[name] for name in like.options}, like.derive)
+            made = found.make("meta", torch.bfloat16)
+            if all((made[name] is None) == (given[name] is None) for name in args):
+                return found
+        raise LookupError(f"{self.op}: no sample derives the tensors that {self} has")
+
+
+class _Calls(TorchDispatchMode):
+    """Takes down the calls of our operators, whose results nobody writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = {op.call: op for op in REGISTRY.values()}
+        self.found: list[Call] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        op = self.ops.get(func)
+        if op is None:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(op.reference).bind(*args, **(kwargs or {})).arguments
+        made = ((k, laid(v) if isinstance(v, Tensor) else v) for k, v in given.items())
+        self.found.append(Call(op.name, tuple(made)))
+        return op.fake(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
-class Repeated(Arg):
-    """An argument with `times` as many rows or images, the same again and again.
+class Step:
+    """A forward pass of a model, with its backward pass if it trains."""
 
-    So the values of a large batch needn't be drawn on the CPU, which would take seconds.
-    """
+    model: str
+    images: int
+    train: bool
+    pool: str = "token"
 
-    times: int = 1
+    def __str__(self) -> str:
+        what = "train" if self.train else "forward"
+        return f"{self.model.split('_')[1]} b{self.images} {what} {self.pool}"
 
-    def make(self, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-        """The tensor of so many."""
-        once = super().make(device, dtype, generator)
-        more = once.repeat(self.times, *(1 for _ in self.shape[1:]))
-        return more.contiguous(memory_format=torch.channels_last) if self.channels_last else more
+    def calls(self, dtype: torch.dtype = torch.bfloat16, **config: Any) -> list[Call]:
+        """All calls of our operators, by our kernels, under autocast to `dtype`, in order.
+
+        The card is that of `intercept`: what is saved for backward may depend on it. `config`: of
+        the model, in place of the preset's.
+        """
+        ours = {op.name for op in REGISTRY.values() if op.launcher and op.backward_of is None}
+        own = {"depth": DEPTH, "img_size": 224, "global_pool": self.pool, **config}
+        with torch.device("meta"):  # so that no weight is drawn
+            model = vitkern.create_model(self.model, impl=dict.fromkeys(ours, "triton"), **own)
+        # Memory that nobody writes to is promised only. "meta" knows no autocast.
+        model.to_empty(device="cpu")
+        images = torch.empty(self.images, 3, own["img_size"], own["img_size"])
+        with _Calls() as calls, torch.set_grad_enabled(self.train):
+            with torch.autocast("cpu", dtype):
+                logits = model(images)
+            if self.train:
+                logits.float().sum().backward()
+        return calls.found
 
 
-def repeated(sample: Sample, times: int) -> Sample:
-    """The sample with a larger batch: all whose leading size is the images', or their rows'."""
-    first = next(arg for arg in sample.args.values() if arg is not None).shape
-    counts = (first[0], first[0] * first[1])
-
-    def larger(arg: Arg | None) -> Arg | None:
-        if arg is None or not arg.shape or arg.shape[0] not in counts or arg.shape == first[-1:]:
-            return arg
-        return Repeated(**vars(arg), times=times)
-
-    return replace(sample, args={name: larger(arg) for name, arg in sample.args.items()})
+def steps(batches: Batches) -> list[list[Step]]:
+    """Those of each model."""
+    pairs = [(images, train, pool) for images, train in batches for pool in POOLS]
+    return [[Step(model, *pair) for pair in pairs] for model in MODELS]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A call of one of our kernels: plain words, as it goes from process to process.
+    """A call of one of our kernels, as it goes from process to process.
 
-    times: how many times the sample's batch. worth: predicted seconds of such calls. step: "train"
-    or "forward", for a call as a model makes it under autocast to `dtype`.
+    label: of one of the op's samples of this `size`, or of the `sample` that came along. worth:
+    predicted seconds of such calls.
     """
 
     op: str
@@ -126,14 +189,11 @@ class Place:
     size: str
     label: str
     dtype: str
-    times: int = 1
     worth: float = 0.0
-    step: str = ""
+    sample: Sample | None = None
 
     def __str__(self) -> str:
-        more = f" x{self.times}" if self.times > 1 else ""
-        more += f" {self.step} under autocast" if self.step else ""
-        return f"{self.op} {self.impl} [{self.label}]{more} {self.dtype}"
+        return f"{self.op} {self.impl} [{self.label}] {self.dtype}"
 
     def case(self) -> Case:
         """The op on the sample.
@@ -141,11 +201,10 @@ class Place:
         Raises:
             LookupError: there is none such.
         """
-        for sample in REGISTRY[self.op].samples(self.size):
+        op, dtype = REGISTRY[self.op], dtype_of(self.dtype)
+        for sample in (self.sample,) if self.sample is not None else op.samples(self.size):
             if sample.label == self.label:
-                sample = under_autocast(self.op, sample, self.step) if self.step else sample
-                sample = repeated(sample, self.times) if self.times > 1 else sample
-                return Case(REGISTRY[self.op], self.size, sample, dtype_of(self.dtype))
+                return Case(op, self.size, sample, dtype)
         raise LookupError(f"{self.op}: no sample [{self.label}]")
 
     def launcher(self) -> Any:
@@ -180,22 +239,69 @@ def seconds(case: Case) -> float:
     return max(flops / FLOPS_PER_S, moved / BYTES_PER_S)
 
 
-def of_steps(ops: Iterable[Op]) -> list[Place]:
-    """The calls of a training step, and of one forward that differ, in the order said above."""
-    names, unique = {op.name for op in ops}, dict[Place, Place]()
-    for width in (768, 1024):
-        found: list[Place] = []
-        for (op, label), count in calls(width).items():
-            if op not in names:
-                continue
-            batch = 128 if op.startswith("patch_embed") else 64
-            for step in ("train", "forward") if op == "norm_linear" else ("train",):
-                place = Place(op, "triton", "vit", label, "bfloat16", IMAGES // batch, step=step)
-                worth = count * seconds(place.case())
-                found += [replace(place, impl=i, worth=worth) for i in REGISTRY[op].launchers]
-        for place in sorted(found, key=lambda place: -place.worth):
-            unique.setdefault(replace(place, worth=0.0), place)  # attention is in both
-    return sorted(unique.values(), key=lambda place: place.impl != "triton")
+def of_steps(
+    ops: Iterable[Op], batches: Batches, target: tuple[int, int], processors: int
+) -> list[Place]:
+    """The calls of the models' steps with these batches on such a card, in the order said above."""
+    names, found = {op.name for op in ops}, list[Place]()
+    with intercept(lambda launch: None, target, processors):
+        for each in steps(batches):
+            own = dict[Call, Place]()
+            for step in each:
+                for call, count in Counter(step.calls()).items():
+                    if call.op in names and call not in own:
+                        sample = call.sample(f"{step} {call}")
+                        place = Place(
+                            call.op, "triton", "vit", sample.label, "bfloat16", 0.0, sample
+                        )
+                        own[call] = replace(place, worth=count * seconds(place.case()))
+            found += sorted(own.values(), key=lambda place: -place.worth)
+    everywhere = [replace(p, impl=impl) for p in found for impl in REGISTRY[p.op].launchers]
+    return sorted(everywhere, key=lambda place: place.impl != "triton")
+
+
+@dataclass(frozen=True)
+class StepCase(Case):
+    """A call of a model's, for all implementations; `given`: the forward call of a backward one."""
+
+    given: Case | None = None
+
+    @property
+    def forward(self) -> Case:
+        """The case whose gradients a backward case computes; a forward case is its own."""
+        return self if self.given is None else self.given
+
+
+def step_cases(
+    ops: Iterable[Op], batches: Batches, target: tuple[int, int], processors: int
+) -> list[StepCase]:
+    """The calls of the models' steps, of a training step by the backward pass of each."""
+    names, found = {op.name for op in ops}, dict[Any, StepCase]()
+
+    def case(call: Call, label: str, given: Case | None = None) -> StepCase:
+        op = REGISTRY[call.op]
+        return StepCase(op, "vit", call.sample(label), torch.bfloat16, given)
+
+    with intercept(lambda launch: None, target, processors):
+        for step in (step for each in steps(batches) for step in each):
+            calls = step.calls()
+            for op in (REGISTRY[name] for name in dict.fromkeys(call.op for call in calls)):
+                if op.name not in names or step.train == (op.backward_of is None):
+                    continue
+                own = [call for call in calls if call.op == op.name]
+                # Backward comes back the way that forward went.
+                there = [call for call in reversed(calls) if call.op == op.backward_of]
+                for call, forward in zip(own, there or own, strict=True):
+                    shown = REGISTRY[forward.op].to_public(dict(forward.given))
+                    key, label = (op.name, *shown.items()), f"{step} {forward}"
+                    if key not in found:
+                        given = case(forward, label) if there else None
+                        found[key] = case(call, label, given)
+        # A label begins with the model's name.
+        order = [str(each[0]).split()[0] for each in steps(batches)]
+        return sorted(
+            found.values(), key=lambda c: (order.index(c.sample.label.split()[0]), -seconds(c))
+        )
 
 
 def of_samples(ops: Iterable[Op], size: str, dtypes: Iterable[torch.dtype]) -> Iterator[Place]:
