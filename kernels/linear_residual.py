@@ -561,7 +561,7 @@ def select(
         layer_scale,
         drop_scale,
         avoid=gemm.predicted_slower(dtype),
-        bucket=lambda: gemm.bucket(residual, weight),
+        bucket=lambda: gemm.bucket(residual, weight, wide=residual.dtype != dtype),
         dtype=dtype,
         peer_unfit=lambda name: (
             _gemm_gluon.product_problem(weight, dtype, residual.dtype) if name == "gluon" else None

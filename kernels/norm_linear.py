@@ -674,7 +674,9 @@ def select(
         bias,
         unfit=dict.fromkeys(("triton", "cublas"), _norm.width_problem(x.shape[-1])),
         avoid=gemm.predicted_slower(dtype),
-        bucket=lambda: gemm.bucket(x, weight, act=bool(activation), gated=gated),
+        bucket=lambda: gemm.bucket(
+            x, weight, act=bool(activation), gated=gated, wide=x.dtype != dtype
+        ),
         dtype=dtype,
     )
 

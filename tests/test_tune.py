@@ -379,6 +379,20 @@ def test_whatever_a_model_chooses_is_measured(
     assert asked == measured
 
 
+@pytest.mark.parametrize("name", ["norm_linear", "linear_residual"])
+def test_a_float32_stream_has_entries_of_its_own(name: str) -> None:
+    found = set()
+    for stream in (torch.float32, torch.bfloat16):
+        x, weight = torch.zeros(1, 2, 8, dtype=stream), torch.zeros(8, 8, dtype=torch.bfloat16)
+        with _op.record_choices() as choices:
+            if name == "norm_linear":
+                kernels.norm_linear(x, weight)
+            else:
+                kernels.linear_residual(x.bfloat16(), weight, None, x)
+        found.add((choices[0].bucket, choices[0].dtype))
+    assert found == {("m2 n8 k8 wide", torch.bfloat16), ("m2 n8 k8", torch.bfloat16)}
+
+
 PLACE = places.Place("layer_norm", "triton", "tiny", "ln 2x5x96", "float32")
 DEFAULT = forward_config(96)
 OTHERS = [config for config in forward_candidates(96) if config != DEFAULT]

@@ -29,10 +29,15 @@ from .forward import forward_kernel, statistics_kernel
 __all__ = ["CHUNK"]  # of the configs' module, for the ops
 
 
-def bucket(x: Tensor, weight: Tensor, **options: bool) -> str:
-    """Products that are measured together: of the rows of `x` with a weight [N, K]."""
+def bucket(x: Tensor, weight: Tensor, *, wide: bool = False, **options: bool) -> str:
+    """Products that are measured together: of the rows of `x` with a weight [N, K].
+
+    wide: the stream keeps its float32 beside a product in 16 bits, which is another call to time.
+    """
     features, width = weight.shape
-    return _tuned.bucket(m=x.shape.numel() // x.shape[-1], n=features, k=width, **options)
+    return _tuned.bucket(
+        m=x.shape.numel() // x.shape[-1], n=features, k=width, **options, wide=wide
+    )
 
 
 def predicted_slower(dtype: torch.dtype) -> str | None:
