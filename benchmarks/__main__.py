@@ -69,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
         "--fail-slower", type=float, default=2, metavar="PERCENT", help="default: %(default)s"
     )
 
+    targets = commands.add_parser(
+        "targets",
+        help="which targets a GPU's results meet or miss, and why",
+        description="Judge results from a GPU by the targets of benchmarks/_report/targets.py. "
+        "Exit code 1: one is missed; what was not measured is listed, and misses nothing.",
+    )
+    targets.add_argument("results", type=Path, nargs="+", metavar="RESULTS")
+
     commands.add_parser(
         "readme",
         help="write the README's table anew from benchmarks/results",
@@ -266,6 +274,10 @@ def main(arguments: list[str] | None = None) -> int:
             from ._report import main_compare
 
             return main_compare(options.before, options.after, options.json, options.fail_slower)
+        if options.command == "targets":
+            from ._report import main_targets
+
+            return main_targets(options.results)
         if options.command == "readme":
             from ._report import main_readme
 

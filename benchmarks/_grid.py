@@ -1,14 +1,17 @@
 """Which cases ``pytest benchmarks`` measures, the most telling first, and who takes part.
 
+On a GPU those come first that targets are of, in the order in which `_report/targets.py` has them.
+
 "small" is minutes of work: on two CPU cores, or on a GPU. "compiled" has torch.compile take part,
 which takes half a minute to minutes a case, and so in few of them. "full" is everything: the larger
 models, batches, images and further precisions; "rest" is what "small" left of that. "toy" runs the
 machinery, for its tests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +21,7 @@ from vitkern.kernels._op import KERNELS
 from . import _models
 from ._cases import Case, cases, dealt
 from ._models import AUTOCAST, BFLOAT16, FLOAT32, Setting
+from ._report import targets
 from .peers.networks import RIVALS
 from .peers.ops import OPS
 
@@ -38,6 +42,15 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16)
 
 
+T = TypeVar("T")
+
+
+def by_value(found: Iterable[T]) -> list[T]:
+    """Settings or cases that targets are of, then all others as they come."""
+    places = targets.order()
+    return sorted(found, key=lambda each: places.get(str(each), len(places)))
+
+
 def settings(grid: str, device: torch.device) -> list[Setting]:
     """Of models."""
     if grid == "toy":
@@ -52,11 +65,16 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
             for batch, step in ((1, "forward"), (256, "train"))
         ]
         small += [Setting(LARGE, 256, step, AUTOCAST) for step in ("train", "forward")]
+        small += [
+            Setting(name, batch, "forward", BFLOAT16, graph=True)
+            for name, batch in product((BASE, LARGE, HUGE), (1, 32, 256))
+        ]
         small += [Setting(BASE, 256, step, BFLOAT16) for step in STEPS]
         small += [
             Setting(name, 128 if name == HUGE else 256, step, AUTOCAST)
             for name, step in product((SMALL, HUGE), ("train", "forward"))
         ]
+        small = by_value(small)
         every = product(
             (AUTOCAST, BFLOAT16, FLOAT32),
             (256, 32, 8, 1),
@@ -77,7 +95,9 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
         return small
     if grid == "compiled":
         if device.type == "cuda":
-            return [*small[:3], Setting(LARGE, 256, "train", AUTOCAST)]
+            trained = [s for s in small if s.step == "train" and s.precision is AUTOCAST]
+            few = [Setting(BASE, batch, "forward", AUTOCAST) for batch in (256, 1)]
+            return [*(setting for setting in trained if not setting.graph), *few]
         return [COMPILED, Setting(TINY, 4, "train")]
     full = [
         Setting(name, batch, step, precision, side)
@@ -92,18 +112,19 @@ def settings(grid: str, device: torch.device) -> list[Setting]:
 
 
 def model_contenders(grid: str, setting: Setting, device: torch.device) -> list[str]:
-    """Who is worth the time in this setting; who takes the longest to compile comes last."""
-    cuda = device.type == "cuda"
+    """Who is worth the time in this setting; who takes the longest to compile comes last, but in
+    the grid that is there for them."""
     here = {name: rival for name, rival in RIVALS.items() if rival.absent() is None}
-    names = [_models.OURS, *(name for name, rival in here.items() if not rival.compiled)]
-    compiled = [name for name, rival in here.items() if rival.compiled]
+    plain = [name for name, rival in here.items() if not rival.compiled]
     if setting.graph:
-        return [name for name in names if name in _models.GRAPHS]
-    if grid in ("compiled", "full", "rest") or (setting == COMPILED and not cuda):
-        tuned = [name for name in compiled if "autotune" in name]
-        names += [name for name in compiled if name not in tuned]
-        names += tuned if cuda else []
-    return names
+        return [_models.OURS, *(name for name in plain if name in _models.GRAPHS)]
+    compiled = [name for name, rival in here.items() if rival.compiled]
+    tuned = [name for name in compiled if "autotune" in name and device.type == "cuda"]
+    compiled = [name for name in compiled if "autotune" not in name]
+    if grid == "compiled" and tuned:  # a target is against these, and the small grid has the rest
+        return [_models.OURS, *tuned, *compiled, *plain]
+    beside = grid in ("compiled", "full", "rest") or (setting == COMPILED and device.type != "cuda")
+    return [_models.OURS, *plain, *([*compiled, *tuned] if beside else [])]
 
 
 def op_cases(grid: str, device: torch.device) -> Iterator[Case]:
@@ -119,7 +140,7 @@ def op_cases(grid: str, device: torch.device) -> Iterator[Case]:
     chosen = {"full": dtypes(device), "rest": dtypes(device)[1:]}.get(grid, (torch.bfloat16,))
     for dtype in chosen:
         found = dealt(cases(REGISTRY.values(), ["vit"], (dtype,)))
-        yield from found[: len(REGISTRY)] if grid == "compiled" else found
+        yield from found[: len(REGISTRY)] if grid == "compiled" else by_value(found)
 
 
 def _first(found: Iterator[Case], most: int) -> Iterator[Case]:

@@ -69,7 +69,8 @@ def compare(before: Path, after: Path) -> Comparison:
         old, new = rows[0].get(key), rows[1].get(key)
         either: Row = new or old or {}
         was, now = (stats(r["seconds"]) if r and "seconds" in r else None for r in (old, new))
-        mine = bool(either.get("own") or either.get("ours"))
+        # A plain product is timed beside our ops, and nobody's of those here.
+        mine = bool(either.get("own") or either.get("ours")) and either.get("level") != "product"
         verdict = _verdict(old, new, was, now)
         if verdict == "only before" and mine and key[0] in groups:
             verdict = "broken"  # its group was measured, and it isn't there any more

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._cases import save
+from . import shortfalls
 from .results import (
     A_A_BOUND,
     Results,
@@ -69,7 +70,8 @@ def markdown(results: Results, pictures: dict[str, str], missing: Sequence[str])
     lines = [f"# vitkern and what else there is, on: {results.device}", ""]
     if results.about().get("device") == "cpu":
         lines += ["A run on a CPU: it says nothing about a GPU.", ""]
-    lines += [*_in_short(results), *_losses(results), *_failed_parity(results), "## Pictures", ""]
+    lines += [*_in_short(results), *_losses(results), *shortfalls.section(results)]
+    lines += [*_failed_parity(results), "## Pictures", ""]
     for name, caption in pictures.items():
         lines += [f"![{caption}]({name})", "", caption, ""]
     lines += [*(f"- Not drawn: {what}" for what in missing), *([""] if missing else [])]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .._cases import save
 from .results import Results, Row, describe, many, ratio, read, short, table
+from .verdicts import in_words, judge
 
 ROOT = Path(__file__).parents[2]
 MARKS = ("<!-- results -->", "<!-- /results -->")
@@ -110,4 +111,6 @@ def _summary(results: Results) -> str:
         f"in {counts['fastest']}, level with its nearest rival in {counts['level']}, and slower "
         f"than a rival in {counts['slower']}."
     )
-    return text + (f" Worst loss: {describe(losses[0])}." if losses else "")
+    text += f" Worst loss: {describe(losses[0])}." if losses else ""
+    verdicts = judge(results)
+    return text + (f" {in_words(verdicts)}" if verdicts else "")

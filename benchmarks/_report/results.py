@@ -43,7 +43,7 @@ IDENTITY = {"kind", "level", "group", "case", "impl", "package", "ours", "own", 
 
 @dataclass(frozen=True)
 class Results:
-    """The rows of one or more files; of a group, those of the last run that timed it."""
+    """The rows of one or more files; of a group, those of one run that timed it (see `read`)."""
 
     paths: tuple[Path, ...]
     rows: tuple[Row, ...]
@@ -152,12 +152,14 @@ def read(*paths: Path) -> Results:
         ValueError: no results file, or files of different devices.
     """
     runs: list[list[Row]] = []
+    origins: list[Path] = []
     for path in paths:
         runs.append([])
         for row in _parse(path):
             if row["kind"] == "about" and runs[-1]:  # a later run, appended
                 runs.append([])
             runs[-1].append(row)
+        origins += [path] * (len(runs) - len(origins))
     devices = {_device(row) for run in runs for row in run if row["kind"] == "about"}
     if len(devices) > 1:
         raise ValueError(f"expected files of one device, got: {', '.join(sorted(devices))}")
@@ -174,17 +176,44 @@ def read(*paths: Path) -> Results:
         for group in dict.fromkeys(row["group"] for row in run if row["kind"] == "time"):
             if timed_rows[group, n] >= timed_rows[group, last.get(group, n)]:
                 last[group] = n
+    # But another grid of the same source has contenders of its own, compilers, whose ratios are to
+    # ours in rounds of theirs.
+    here = {
+        (row["group"], row["impl"])
+        for n, run in enumerate(runs)
+        for row in run
+        if row["kind"] == "time" and last[row["group"]] == n
+    }
+    sources = [_source(path, run) for path, run in zip(origins, runs, strict=True)]
     kept: dict[tuple[Any, ...], Row] = {}
     for n, run in enumerate(runs):
         for row in run:
-            if last.get(row.get("group"), n) == n:
+            whole = last.get(row.get("group"), n)
+            (source, grid), (chosen, other) = sources[n], sources[whole]
+            more = source == chosen and grid != other and "against_ours" in row
+            if whole == n or (more and (row["group"], row["impl"]) not in here):
                 kind = row["kind"]
                 told_apart = [row.get(k) for k in KEYS[kind]] if kind in KEYS else [len(kept)]
                 key = (kind, *told_apart)
                 kept[key] = row
-    timed = {row["impl"] for row in kept.values() if row["kind"] == "time"}
-    rows = [r for r in kept.values() if r["kind"] != "absent" or r["impl"] not in timed]
+    found = [row for row in kept.values() if row["kind"] == "time"]
+    timed = {row["impl"] for row in found}
+    told = {(row["group"], row["impl"]) for row in found}
+    rows = [
+        row
+        for row in kept.values()
+        if not (row["kind"] == "absent" and row["impl"] in timed)
+        and not (row["kind"] == "left out" and (row["group"], row["impl"]) in told)
+    ]
     return Results(tuple(paths), tuple(_believable(rows)))
+
+
+def _source(path: Path, run: list[Row]) -> tuple[str, str | None]:
+    """What a run measured, its file where that is unknown, and its grid."""
+    about = next((row for row in run if row["kind"] == "about"), {})
+    environment = about.get("environment", {})
+    commit = None if environment.get("uncommitted") else environment.get("commit")
+    return commit or str(path), about.get("grid")
 
 
 def _believable(rows: Iterable[Row]) -> list[Row]:
