@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import _grid, _products
 from benchmarks.__main__ import main
-from benchmarks._contest import Bench
+from benchmarks._contest import Bench, Unfit
 from benchmarks._measure import Ceilings, Timer
 from benchmarks._report import main_targets, read, readme_table, report
 from benchmarks._report.targets import PRODUCTS, TARGETS, Product, Target, order
 from benchmarks._report.verdicts import MEASURES, absolute_here, floor, judge
+from benchmarks.peers import cudnn
 from benchmarks.peers.networks import RIVALS
 from benchmarks.peers.ops import OPS
 from tests.test_report import Row, cell, lines, rows_of_a_run, spread, time_row
+from vitkern import kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BASE, LARGE = "vit_base_patch16_224", "vit_large_patch16_224"
@@ -245,6 +248,8 @@ def test_what_is_wrong_misses_and_what_is_missing_says_why(tmp_path: Path) -> No
     found = judged(tmp_path, wrong)
     assert found["B/16 b256 training"].outcome == "missed"
     assert "failed its parity check" in found["B/16 b256 training"].source
+    text = report([tmp_path / "results.jsonl"], tmp_path, pictures=False)[0].read_text()
+    assert "### Missed" not in text  # no time explains that
     group = TRAIN.replace("base", "large")
     rows = [
         {"kind": "left out", "group": group, "impl": impl, "why": why}
@@ -433,3 +438,30 @@ def test_targets_have_an_order() -> None:
     first = Target("a", "product", ("op a",), 1.0, against=("product",))
     second = Target("b", "speed-up", ("op b", "op a"), 1.0, against=("sdpa",))
     assert order([first, second]) == {"product": 0, "op a": 1, "op b": 2}
+
+
+def test_cudnns_attention_is_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another backend in its place it is our attention; what it can't do it says."""
+    qkv = torch.randn(2, 7, 3, 4, 8)
+    with pytest.raises(Unfit, match=r"doesn't take torch.float32 \[2, 7, 3, 4, 8\] on cpu"):
+        cudnn.cudnn_attention(qkv)
+    with pytest.raises(Unfit, match="is called without key_mask"):
+        cudnn.cudnn_attention(qkv, key_mask=torch.ones(2, 7, dtype=torch.bool))
+    asked: list[Any] = []
+
+    def allowed(backend: Any) -> Any:
+        asked.append(backend)
+        return sdpa_kernel(SDPBackend.MATH)
+
+    monkeypatch.setattr(cudnn, "sdpa_kernel", allowed)
+    for scale in (None, 0.3):
+        made = cudnn.cudnn_attention(qkv, scale=scale)
+        torch.testing.assert_close(made, kernels.attention(qkv, scale=scale, impl="reference"))
+    assert asked == [SDPBackend.CUDNN_ATTENTION] * 2
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):  # which is no refusal
+        cudnn.cudnn_attention(qkv)
+
+
+def broken(*_: Any, **__: Any) -> torch.Tensor:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -79,7 +79,7 @@ def _reasons(results: Results, verdicts: Iterable[Verdict]) -> list[str]:
     together: dict[str, list[Verdict]] = {}
     rows: dict[str, Row] = {}
     for verdict in verdicts:
-        if verdict.outcome == "missed":
+        if verdict.outcome == "missed" and verdict.found:  # what is wrong has no time to explain
             groups = verdict.target.groups
             group = next((g for g in groups if g in results.ours), groups[0])
             row = results.ours.get(group, {})

@@ -187,7 +187,7 @@ def offers(results: Results, level: str) -> list[Row]:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
+    return f"{short(100 * value)} %"
 
 
 def _milliseconds(value: float) -> str:
@@ -210,7 +210,7 @@ MEASURES = {
     ),
     "images/s": Measure(
         partial(_timed, lambda row: float(row["images_per_s"])),
-        short,
+        lambda rate: f"{short(rate)}/s",
         seconds=lambda rate, model, batch: batch / rate,
     ),
     "speed-up": Measure(_speed_up, "{:.3g} x".format),
