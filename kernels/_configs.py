@@ -36,11 +36,15 @@ C = TypeVar("C")
 
 
 class Asked(NamedTuple):
-    """One question of a launcher: under which key, the default, and makes the alternatives."""
+    """One question of a launcher: under which key, the default, and makes the alternatives.
+
+    measured: the answer came from a table, be it the default.
+    """
 
     key: _tuned.Key
     default: Any
     candidates: Callable[[], Sequence[Any]]
+    measured: bool
 
 
 # Plain globals and not context variables: autograd calls backward launchers from its own threads.
@@ -74,32 +78,42 @@ class Tunable(Generic[C]):
         if not _watched and (_launch.pretended() or not _tuned.table(device).configs):
             return default
         key = (self.kernel, _bucket(tuple(dims().items())), dtype)
+        config, measured = self._answer(key, default, device, candidates)
         if _asked is not None:
-            _asked.append(Asked(key, default, candidates))
+            _asked.append(Asked(key, default, candidates, measured))
+        return config
+
+    def _answer(
+        self,
+        key: _tuned.Key,
+        default: C,
+        device: torch.device,
+        candidates: Callable[[], Sequence[C]],
+    ) -> tuple[C, bool]:
+        """(the config, whether a table says so)."""
         if key in _overrides:
-            chosen: C = _overrides[key]
-            return chosen
+            return _overrides[key], False
         if _launch.pretended():
-            return default
+            return default, False
         table = _tuned.table(device)
         try:
             found = table.picked[key, default]
         except KeyError:
             found = table.picked[key, default] = self._measured(table, key, default, candidates)
-        config: C = found
-        return config
+        answer: tuple[C, bool] = found
+        return answer
 
     def _measured(
         self,
         table: _tuned.Table,
         key: _tuned.Key,
-        default: Any,
+        default: C,
         candidates: Callable[[], Sequence[C]],
-    ) -> Any:
+    ) -> tuple[C, bool]:
         """What `table` has for this key, or a near one; `default` where that is nothing of use."""
         _warn_of_unknown(table)
         for bucket, found in _tuned.nearest(table.configs, key):
-            if bucket != key[1] and found.default != asdict(default):
+            if bucket != key[1] and found.default != asdict(default):  # type: ignore[call-overload]
                 continue
             where = f"{found.source}: the config of {key[0]} for {bucket} is ignored"
             try:
@@ -110,9 +124,9 @@ class Tunable(Generic[C]):
             # Not what the file says itself: 8.0 and True equal numbers that a kernel can take.
             for allowed in (default, *candidates()):
                 if allowed == config:
-                    return allowed
+                    return allowed, True
             _warn_once(f"{where}: {config} is none of those that the kernel may have")
-        return default
+        return default, False
 
 
 @lru_cache(4096)

@@ -235,6 +235,11 @@ def samples(size: str) -> Iterable[Sample]:
     yield _sample((64, 197, 768), 3072, "ln", "gelu", False, False, False)
     yield _sample((1, 197, 768), 3072, "ln", "gelu", False, False, True)
     yield _sample((64, 197, 1024), 4096, "rms", "silu", True, True, True)
+    # The stream under autocast. Normalised in registers, it leaves fewer of them to the rest.
+    for features, activation in ((2304, ""), (3072, "gelu")):
+        for saved in (True, False):
+            yield _sample((64, 197, 768), features, "ln", activation, False, saved, True, True)
+    yield _sample((64, 197, 768), 2048, "ln", "silu", True, True, True, True)
 
 
 def _sample(
@@ -245,12 +250,13 @@ def _sample(
     gated: bool,
     saved: bool,
     statistics: bool,
+    wide: bool = False,
 ) -> Sample:
     width = shape[-1]
     rows = 2 * features if gated else features
     affine = norm != "plain"
     args = {
-        "x": Arg(shape, offset=0.5),
+        "x": Arg(shape, dtype=torch.float32 if wide else None, offset=0.5),
         "norm_weight": Arg((width,), offset=1.0, scale=0.3) if affine else None,
         "norm_bias": Arg((width,)) if norm in ("ln", "affine") else None,
         "weight": Arg((rows, width), scale=width**-0.5),
@@ -260,13 +266,13 @@ def _sample(
         "stats": None,
     }
     label = f"{norm} {'x'.join(map(str, shape))} -> {activation} {features}{' gated' * gated}"
-    label += " saved" * saved + " given statistics" * statistics
+    label += " fp32 stream" * wide + " saved" * saved + " given statistics" * statistics
     options = {
         "eps": 1e-6, "rms": norm == "rms", "normalised": norm == "affine",
         "activation": activation, "gated": gated, "need_saved": saved,
     }  # fmt: skip
     # float32 is left to PyTorch by auto: one width of real models is enough of it.
-    dtypes = HALF if width in (384, 1024, 1280) else None
+    dtypes = HALF if wide or width in (384, 1024, 1280) else None
     derive = _with_statistics if statistics else None
     return Sample(label, args, options, derive=derive, dtypes=dtypes)
 

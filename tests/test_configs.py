@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vitkern
 from vitkern.kernels import REGISTRY, _configs, _norm, _tuned, attention
 from vitkern.kernels._configs import override, record
 from vitkern.kernels._error_budget import as_tuple, in_float64, parity
@@ -171,6 +172,27 @@ def test_a_compiled_attention_is_launched_as_the_table_says(table: Any, dynamic:
     torch._dynamo.reset()
 
 
+@interpreted
+def test_explain_counts_what_was_measured(table: Any, quiet: None) -> None:
+    size = {"img_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 1, "num_classes": 2}
+    model = vitkern.ViT(**size, patch_size=8, global_pool="avg", impl={"attention": "triton"})
+    images = torch.randn(1, 3, 16, 16)
+    with record() as asked, torch.no_grad():
+        model(images)
+        before = vitkern.explain(model, images)
+    assert [question.measured for question in asked] == [False] * len(asked)
+    (kernel, bucket, _), default = asked[0].key, asdict(asked[0].default)
+    assert kernel == "attention.forward"
+    table(entry(default, kernel=kernel, bucket=bucket, default=default))
+    _tuned._tables.clear()
+    with torch.no_grad():
+        rows = {row.op: row.why for row in vitkern.explain(model, images).rows}
+    assert rows["attention"] == "asked for; 2 of 2 launch configs measured on this card"
+    # Of the others nothing was; nor of any, before.
+    assert all("measured on" not in why for op, why in rows.items() if op != "attention")
+    assert all("configs" not in row.why for row in before.rows)
+
+
 def test_older_tables_have_no_configs(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"schema": _tuned.SCHEMA, "entries": [], "verified": {}}))
@@ -195,6 +217,7 @@ CALLS = [
     ("linear_act_backward", "triton", "gelu 2x5x24 -> 40", HALF),
     ("linear_act_backward", "triton", "gelu 2x5x24 -> 40", FLOAT),
     ("norm_linear", "triton", "ln 2x9x72 -> gelu 50 saved", HALF),
+    ("norm_linear_backward", "triton", "ln 2x9x72 -> gelu 50 saved", HALF),
     ("norm_linear", "cublas", "ln 2x9x72 -> gelu 50 saved", FLOAT),
     ("linear_residual", "triton", "2x9x40 -> 72 scale drop fp32 stream statistics", HALF),
     ("linear_residual", "cublas", "2x9x40 -> 72 scale drop fp32 stream statistics", FLOAT),
@@ -210,6 +233,8 @@ CALLS = [
     ("add_layer_norm", "triton", "ln 2x5x96", FLOAT),
     ("add_layer_norm_backward", "triton", "ln 2x5x96", FLOAT),
 ]
+# Of these only the kernel that no other call has.
+NEW = {"norm_linear_backward": "linear.norm_finish"}
 
 
 def run(launch: Launch) -> None:
@@ -237,7 +262,9 @@ def test_every_alternative_is_right(
         with record() as asked:
             made()
         tried = 0
-        for key, default, candidates in asked:
+        for key, default, candidates, _ in asked:
+            if key[0] != NEW.get(name, key[0]):
+                continue
             assert len(candidates()) <= 20
             for config in dict.fromkeys(candidates()):
                 if config == default:
@@ -247,3 +274,16 @@ def test_every_alternative_is_right(
                 assert verdict["ok"], (key, config, verdict)
                 tried += 1
     assert tried
+
+
+@interpreted
+def test_every_kernel_is_tried() -> None:
+    """What has alternatives, and a call that the interpreter can make."""
+    asked = set()
+    for name, impl, label, dtype in CALLS:
+        sample = next(s for s in REGISTRY[name].samples("tiny") if s.label == label)
+        with intercept(lambda launch: None, (9, 0), 3), record() as questions:
+            REGISTRY[name].launchers[impl](**sample.make("cpu", dtype))
+        asked |= {q.key[0] for q in questions if NEW.get(name, q.key[0]) == q.key[0]}
+    # One launch or two: tests/test_tune.py.
+    assert asked == _configs.TUNABLE.keys() - {"attention.passes"}

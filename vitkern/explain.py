@@ -2,12 +2,15 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkern._table import columns
+from vitkern.kernels import REGISTRY
+from vitkern.kernels._configs import Asked, record
 from vitkern.kernels._op import record_choices
 
 
@@ -30,8 +33,39 @@ class Explanation:
         return columns([Row._fields, *(tuple(map(str, row)) for row in self.rows)])
 
 
+class _Launches(TorchDispatchMode):
+    """Tells which op, in which implementation, asked for each launch config."""
+
+    def __init__(self, asked: list[Asked]) -> None:
+        super().__init__()
+        self.asked = asked
+        self.ours = {
+            op.kernel(name): (op.name, name)
+            for op in REGISTRY.values()
+            for name in ("triton", *op.kernel_peers)
+        }
+        self.all, self.measured = Counter[Any](), Counter[Any]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        before = len(self.asked)
+        result = func(*args, **(kwargs or {}))
+        own = self.asked[before:]
+        self.all[self.ours.get(func)] += len(own)
+        self.measured[self.ours.get(func)] += sum(question.measured for question in own)
+        return result
+
+    def of(self, op: str, implementation: str) -> str:
+        """What there is to add to a reason: nothing where nothing was measured."""
+        which = (op, implementation)
+        if not self.measured[which]:
+            return ""
+        return f"; {self.measured[which]} of {self.all[which]} launch configs measured on this card"
+
+
 def explain(model: nn.Module, images: Tensor) -> Explanation:
-    """Run one forward pass and report which implementations ran.
+    """Run one forward pass and report which implementations ran, and how many launches are tuned.
 
     The pass runs in the model's mode (training or not) and under the caller's autocast and grad
     mode, as these decide, too. It leaves no trace: random numbers and buffers are put back.
@@ -48,11 +82,21 @@ def explain(model: nn.Module, images: Tensor) -> Explanation:
     devices = [images.device] if images.device.type == "cuda" else []
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng(devices), record_choices() as choices:
+        with (
+            torch.random.fork_rng(devices),
+            record_choices() as choices,
+            record() as asked,
+            _Launches(asked) as launches,
+        ):
             model(images)
     finally:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
     counted = Counter((c.op, c.implementation, c.why) for c in choices)
-    return Explanation(tuple(Row(*key, calls) for key, calls in counted.items()))
+    return Explanation(
+        tuple(
+            Row(op, impl, why + launches.of(op, impl), calls)
+            for (op, impl, why), calls in counted.items()
+        )
+    )

@@ -54,6 +54,9 @@ class Work:
     prologue: str = ""
     pair: bool = False  # two products share the tile
     tma: bool = False  # both operands can come by TMA, and be multiplied as they come
+    # No register is left beside the largest tile: float32 tokens are normalised in the prologue,
+    # and z is stored next to its activation.
+    crowded: bool = False
 
 
 def work(
@@ -62,12 +65,14 @@ def work(
     prologue: str = "",
     pair: bool = False,
     tma: bool = False,
+    crowded: bool = False,
 ) -> Work:
     """The work on a product with `weight`, of rows of `others`."""
     sizes = [*weight.shape, *(t.stride(0) for t in others if t is not None)]
     aligned = all(size % 16 == 0 for size in sizes)
     device = weight.device
-    return Work(weight.dtype, capability(device), sm_count(device), aligned, prologue, pair, tma)
+    target, sms = capability(device), sm_count(device)
+    return Work(weight.dtype, target, sms, aligned, prologue, pair, tma, crowded)
 
 
 def product_config(rows: int, columns: int, work: Work) -> ProductConfig:
@@ -95,6 +100,10 @@ def product_config(rows: int, columns: int, work: Work) -> ProductConfig:
     # in the prologue leaves no registers for them.
     if columns % 256 or work.prologue == "slope":
         return ProductConfig(128, 128, 64, 8, 3, parts=2)
+    if (
+        work.crowded
+    ):  # in steps of 64 it spills 8 bytes (Triton 3.6), in these it takes 226 registers
+        return ProductConfig(128, 256, 32, 8, 4, parts=4)
     return ProductConfig(128, 256, 64, 8, 3, parts=4)
 
 
@@ -129,7 +138,10 @@ def product_candidates(work: Work) -> list[ProductConfig]:
         return [config for config in ordinary if config.block_k <= deep]
     wide = ProductConfig(128, 256, 64, 8, 3, parts=4)
     ordinary += [square, replace(square, num_stages=4)]
-    if work.prologue != "slope":
+    if work.crowded:
+        wide = ProductConfig(128, 256, 32, 8, 4, parts=4)
+        ordinary += variants(wide, {}, {"num_stages": 3}, {"group": 4}, {"group": 16})
+    elif work.prologue != "slope":
         ordinary += variants(
             wide, {}, {"block_k": 32, "num_stages": 4}, {"group": 4}, {"group": 16}
         )
@@ -209,8 +221,62 @@ def row_candidates(width: int) -> list[RowConfig]:
     ]
 
 
+@dataclass(frozen=True)
+class NormFinishConfig(RowConfig):
+    """block_r, block_c: rows and columns of the weight in a step of a program that finishes it."""
+
+    block_r: int = 64
+    block_c: int = 32
+
+
+def norm_finish_config(width: int) -> NormFinishConfig:
+    """Rows as above. A thread holds 8 values of the weight; 16 columns would spill a register."""
+    rows = row_config(width)
+    return NormFinishConfig(rows.rows, rows.block_k, rows.num_warps)
+
+
+def norm_finish_candidates(width: int, params: bool) -> list[NormFinishConfig]:
+    """Other rows; and where there is a weight to finish, other shapes of its steps.
+
+    With 16 values of the weight a thread 4 warps would spill two registers (Triton 3.8). Few tokens wait for the columns: of 768, in steps of 32, only 24 programs take a part.
+    """
+    found = [
+        NormFinishConfig(c.rows, c.block_k, c.num_warps, min(64, 8 * c.num_warps))
+        for c in row_candidates(width)
+    ]
+    if not params:
+        return found
+    steps = ((32, 32), (128, 32), (32, 64), (128, 16), (256, 16))
+    default = norm_finish_config(width)
+    return found + variants(default, *({"block_r": r, "block_c": c} for r, c in steps))
+
+
+@dataclass(frozen=True)
+class FinishConfig:
+    """block_k: columns of a row of the weight that a program holds at once."""
+
+    block_k: int
+    num_warps: int
+
+
+def finish_config(width: int) -> FinishConfig:
+    """8 values a thread; a program has one row of the weight, and there are enough of those."""
+    return FinishConfig(min(1024, next_power_of_2(width)), 4)
+
+
+def finish_candidates(width: int) -> list[FinishConfig]:
+    """2 to 16 values a thread: as many loads of each split are on their way at once."""
+    return [
+        FinishConfig(block, warps)
+        for block in (256, 512, 1024, 2048)
+        for warps in (2, 4, 8)
+        if block <= next_power_of_2(width) and 2 <= block // (32 * warps) <= 16
+    ]
+
+
 FORWARD = tunable("linear.forward", ProductConfig)
 INPUT_GRAD = tunable("linear.input_grad", ProductConfig)
 WEIGHT_GRAD = tunable("linear.weight_grad", SplitConfig)
 STATISTICS = tunable("linear.statistics", RowConfig)
-NORM_FINISH = tunable("linear.norm_finish", RowConfig)
+NORM_FINISH = tunable("linear.norm_finish", NormFinishConfig)
+FINISH = tunable("linear.finish", FinishConfig)

@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import _tuned
-from .._launch import cdiv, dot_precision, launch, next_power_of_2, precision_of, sm_count
+from .._launch import cdiv, dot_precision, launch, next_power_of_2, precision_of, sm_count, split
 from . import persistent
 from .backward import finish_kernel, input_grad_kernel, norm_finish_kernel, weight_grad_kernel
 from .configs import (
     CHUNK,
+    FINISH,
     FORWARD,
     INPUT_GRAD,
     NORM_FINISH,
     STATISTICS,
     WEIGHT_GRAD,
+    finish_candidates,
+    finish_config,
+    norm_finish_candidates,
+    norm_finish_config,
     product_candidates,
     product_config,
     row_candidates,
@@ -129,7 +134,9 @@ def forward(
     weight = weight.contiguous()
     tma = not (normed or gated) and persistent.suits(a, weight)
     prologue = "norm" if normed else ""
-    this = work(weight, a, stream, prologue=prologue, pair=gated, tma=tma)
+    cast = a.dtype != weight.dtype
+    crowded = normed and cast and pre is not None
+    this = work(weight, a, stream, prologue=prologue, pair=gated, tma=tma, crowded=crowded)
     config = FORWARD.pick(
         product_config(rows, features, this),
         weight.device,
@@ -142,7 +149,7 @@ def forward(
             "act": activation,
             "gated": gated,
             "prologue": prologue,
-            "cast": a.dtype != weight.dtype,
+            "cast": cast,
             "saved": x_hat is not None,
             "pre": pre is not None,
             "residual": stream is not None,
@@ -325,10 +332,7 @@ def weight_grad(dz: Tensor, a: Tensor) -> Partial:
         },
     )
     tiles = cdiv(features, config.block_n) * cdiv(width, config.block_k)
-    wave = config.programs * sm_count(a.device)
-    splits = max(1, min(wave // tiles, rows // (4 * config.block_m)))  # each of four steps at least
-    steps = cdiv(cdiv(rows, splits), config.block_m)
-    splits = cdiv(rows, steps * config.block_m) if rows else 0
+    splits, steps = split(rows, tiles, config, sm_count(a.device), a.dtype)
     partial = Partial(
         torch.empty(splits, features, width, dtype=torch.float32, device=a.device),
         torch.empty(splits, features, dtype=torch.float32, device=a.device),
@@ -368,6 +372,18 @@ def finish(
     d_weight = torch.empty(features, width, dtype=dtype, device=weight.device)
     d_bias = torch.empty(features, dtype=dtype, device=weight.device)
     d_layer_scale = None if layer_scale is None else torch.empty_like(layer_scale)
+    config = FINISH.pick(
+        finish_config(width),
+        weight.device,
+        weight.dtype,
+        lambda: finish_candidates(width),
+        lambda: {
+            "m": partial.splits,
+            "n": features,
+            "k": width,
+            "scale": layer_scale is not None,
+        },
+    )
     launch(
         finish_kernel,
         (features,),
@@ -382,8 +398,8 @@ def finish(
         features,
         width,
         partial.splits,
-        BLOCK_K=min(1024, next_power_of_2(width)),
-        num_warps=4,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
     )
     return d_weight, d_bias, d_layer_scale
 
@@ -405,12 +421,11 @@ def norm_finish(
     """
     features, width = weight.shape
     rows = x_hat.numel() // width
-    block_c = 32  # 16 columns would spill a register
     config = NORM_FINISH.pick(
-        row_config(width),
+        norm_finish_config(width),
         weight.device,
         weight.dtype,
-        lambda: row_candidates(width),
+        lambda: norm_finish_candidates(width, partial is not None),
         lambda: {
             "m": rows,
             "n": features,
@@ -420,7 +435,7 @@ def norm_finish(
             "stream": d_stream is not None,
         },
     )
-    columns = 0 if partial is None else cdiv(width, block_c)
+    columns = 0 if partial is None else cdiv(width, config.block_c)
     shapes = ((features, width), (features,)) if partial is not None else ((0,), (0,))
     d_weight, d_bias = (torch.empty(s, dtype=dtype, device=weight.device) for s in shapes)
     d_norm = weight.new_empty(0, width) if norm.weight is None else norm.weight.new_empty(2, width)
@@ -450,8 +465,8 @@ def norm_finish(
         0 if partial is None else partial.splits,
         columns,
         RMS=norm.rms,
-        BLOCK_R=64,
-        BLOCK_C=block_c,
+        BLOCK_R=config.block_r,
+        BLOCK_C=config.block_c,
         ROWS=config.rows,
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,

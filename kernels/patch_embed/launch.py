@@ -1,5 +1,7 @@
 """Launch configs of patch_embed with their reasons, and the launchers."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from .._launch import (
     launch,
     precision_of,
     sm_count,
+    split,
 )
 from .._op import dtype_name
 from .._reduce import column_sum
@@ -96,9 +99,38 @@ def image_grad_candidates(length: int, dtype: torch.dtype) -> list[TileConfig]:
     )
 
 
+@dataclass(frozen=True)
+class SumConfig:
+    """block: values of the tokens of a batch that a program adds up over a part of the images.
+
+    programs: into how many a multiprocessor the work is split.
+    """
+
+    block: int
+    num_warps: int
+    programs: int
+
+
+# Eight values a thread, eight programs a multiprocessor: enough loads in flight for a plain sum.
+TOKEN_GRAD_CONFIG = SumConfig(1024, 4, 8)
+
+
+def token_grad_candidates() -> list[SumConfig]:
+    """More and fewer loads in flight, and partial sums for the second stage."""
+    return variants(
+        TOKEN_GRAD_CONFIG,
+        {"programs": 4},
+        {"programs": 16},
+        {"block": 512},
+        {"block": 2048, "num_warps": 8, "programs": 4},
+        {"block": 2048, "programs": 4},
+    )
+
+
 FORWARD = tunable("patch_embed.forward", TileConfig)
 WEIGHT_GRAD = tunable("patch_embed.weight_grad", SplitConfig)
 IMAGE_GRAD = tunable("patch_embed.image_grad", TileConfig)
+TOKEN_GRAD = tunable("patch_embed.token_grad", SumConfig)
 
 
 def weight_matrix(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -282,11 +314,7 @@ def _launch_weight_grad(
         },
     )
     tiles = cdiv(width, config.block_n) * cdiv(g.length, config.block_k)
-    # One wave of programs, each with at least four steps to do.
-    wave = config.programs * sm_count(images.device)
-    splits = max(1, min(wave // tiles, tokens // (4 * config.block_m)))
-    steps = cdiv(cdiv(tokens, splits), config.block_m)
-    splits = cdiv(tokens, steps * config.block_m) if tokens else 0
+    splits, steps = split(tokens, tiles, config, sm_count(images.device), compute_dtype)
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
     launch(
         weight_grad_kernel,
@@ -390,10 +418,19 @@ def _launch_image_grad(
 def _launch_token_grad(grad: Tensor) -> Tensor:
     """Sum of `grad` [B, L, D] over the batch, float32 [L, D]."""
     batch, tokens, width = grad.shape
-    block = 1024
-    tiles = cdiv(tokens * width, block)
-    # Eight programs a multiprocessor keep enough loads in flight for a plain sum.
-    splits = max(1, min(8 * sm_count(grad.device) // max(1, tiles), batch))
+    config = TOKEN_GRAD.pick(
+        TOKEN_GRAD_CONFIG,
+        grad.device,
+        grad.dtype,
+        token_grad_candidates,
+        lambda: {
+            "b": batch,
+            "n": tokens,
+            "d": width,
+        },
+    )
+    tiles = cdiv(tokens * width, config.block)
+    splits = max(1, min(config.programs * sm_count(grad.device) // max(1, tiles), batch))
     batch_per_split = cdiv(batch, splits)
     splits = cdiv(batch, batch_per_split) if batch else 0
     partial = torch.empty(splits, tokens, width, dtype=torch.float32, device=grad.device)
@@ -407,6 +444,7 @@ def _launch_token_grad(grad: Tensor) -> Tensor:
         width,
         batch_per_split,
         *grad.stride(),
-        BLOCK=block,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
     )
     return column_sum(partial, torch.float32)
