@@ -238,7 +238,8 @@ def norm_finish_config(width: int) -> NormFinishConfig:
 def norm_finish_candidates(width: int, params: bool) -> list[NormFinishConfig]:
     """Other rows; and where there is a weight to finish, other shapes of its steps.
 
-    With 16 values of the weight a thread 4 warps would spill two registers (Triton 3.8). Few tokens wait for the columns: of 768, in steps of 32, only 24 programs take a part.
+    With 16 values of the weight a thread 4 warps would spill two registers (Triton 3.8). Few tokens
+    wait for the columns: of 768, in steps of 32, only 24 programs take a part.
     """
     found = [
         NormFinishConfig(c.rows, c.block_k, c.num_warps, min(64, 8 * c.num_warps))
