@@ -158,7 +158,8 @@ def test_ratios_are_against_the_fastest(tmp_path: Path) -> None:
     rivals = [model_row(TRAIN, name, 0.1, against=x) for name, x in (("eager", 2.3), ("timm", 1.9))]
     found = judged(tmp_path, mine, *rivals)
     assert found["B/16 b256 training against eager"].outcome == "missed"
-    assert "timm in" in found["B/16 b256 training against eager"].source
+    source = found["B/16 b256 training against eager"].source
+    assert source.startswith(f"ahead of eager: timm in {TRAIN}, A/A within")
     verdict = found["B/16 b256 training against max-autotune"]
     assert (verdict.outcome, verdict.found) == ("not measured", "")
     assert verdict.source == "timm compile max-autotune: not in this run"
@@ -175,7 +176,7 @@ def test_attention_is_held_against_all_others(tmp_path: Path) -> None:
         other = op_row(ATTENTION, "flash2", 2e-4, against=2.0, roofline=0.4)
         found = judged(tmp_path, mine, rival, other)
         assert found[what].outcome == outcome
-        assert "sdpa" in found[what].source
+        assert found[what].source.startswith("ahead of flash2: sdpa in attention [")
         assert found["attention N=197, of the roof"].outcome == "missed"  # 80 of 85 %
     # Where auto takes a rival, ours is as fast as that, and other rivals still count.
     taken = {**op_row(ATTENTION, "sdpa", 1e-4, roofline=0.8), "own": False}

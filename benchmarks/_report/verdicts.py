@@ -126,7 +126,9 @@ def _speed_up(results: Results, group: str, against: tuple[str, ...]) -> Figure:
     if fastest is None:
         reasons = (_why(results, group, impl) for impl in against)
         raise Unmeasured("; ".join(dict.fromkeys(reasons)))
-    return Figure(ratio(fastest), _of(results, fastest), results.spread(fastest))
+    others = [row["impl"] for row in rows if row is not fastest]
+    ahead = f"ahead of {', '.join(others)}: " if others else ""
+    return Figure(ratio(fastest), ahead + _of(results, fastest), results.spread(fastest))
 
 
 def _memory(results: Results, group: str, against: tuple[str, ...]) -> Figure:
