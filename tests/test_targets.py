@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import _grid, _products
+from benchmarks import _gpu, _grid, _products
 from benchmarks.__main__ import main
 from benchmarks._contest import Bench, Unfit
 from benchmarks._measure import Ceilings, Timer
-from benchmarks._report import main_targets, read, readme_table, report
+from benchmarks._report import compare, main_targets, read, readme_table, report
 from benchmarks._report.targets import PRODUCTS, TARGETS, Product, Target, order
 from benchmarks._report.verdicts import MEASURES, absolute_here, floor, judge
 from benchmarks.peers import cudnn
@@ -111,6 +111,9 @@ def test_the_grids_begin_with_what_counts() -> None:
     kinds = ["norm_linear", "layer_norm [", "patch_embed ["]
     first = [next(n for n, name in enumerate(ops) if name.startswith(kind)) for kind in kinds]
     assert first == sorted(first)
+    (step,) = [step for step in _gpu.steps(Path("out"), "cuda") if step.what == "ops"]
+    files = [word for word in step.argv(60.0) if word.startswith("benchmarks/")]
+    assert files == ["benchmarks/test_products.py", "benchmarks/test_ops.py"]
     # Nothing of the small grid is measured again in the rest, whatever the order.
     assert not set(small) & set(map(str, _grid.settings("rest", CUDA)))
 
@@ -202,10 +205,14 @@ def test_linear_ops_are_held_against_plain_products(tmp_path: Path) -> None:
     verdict = judged(tmp_path, mine, *both)[target.what]
     assert (verdict.outcome, verdict.found) == ("met", "95 %")
     # Nobody's, so that nothing is lost or won by it.
-    results = read(lines(tmp_path / "a.jsonl", [started(), *both]))
+    before = lines(tmp_path / "a.jsonl", [started(), *both])
+    results = read(before)
     assert not results.groups("op")
     assert not results.contests("op")
     assert results.outcomes("op") == {}
+    slower = [{**row, "seconds": spread(1.0)} for row in both]
+    after = lines(tmp_path / "b.jsonl", [started(), *slower])
+    assert [change.ours for change in compare(before, after).changes] == [False, False]
 
 
 def test_a_plain_product_is_timed() -> None:
@@ -334,6 +341,7 @@ def test_the_report_says_why_a_target_is_missed(tmp_path: Path) -> None:
         ATTENTION: 0.6,
         "patch_embed [128x3x224x224 /16x16 D=768] bfloat16": 0.5,
         "norm_linear [ln 64x197x1024 ->  3072 saved given statistics] bfloat16": 0.1,
+        "layer_norm_backward [ln 128x197x1024] bfloat16": 0.1,
         "attention [B=64 N=257 H=16 d=80] bfloat16": 0.2,
         "layer_norm [ln 128x197x768] float16": 0.3,
     }
@@ -411,7 +419,10 @@ def test_a_compilers_ratio_outlives_a_grid_that_was_cut_off(tmp_path: Path) -> N
     """The grid with compilers has few rows by then, and the small one most of a group's."""
     small = [started(), model_row(TRAIN, "vitkern", 0.05)]
     small += [model_row(TRAIN, name, 0.1, against=2.1) for name in ("eager", "timm", "hf")]
-    small += [{"kind": "left out", "group": TRAIN, "impl": "timm compile", "why": "out of time"}]
+    small += [
+        {"kind": "left out", "group": TRAIN, "impl": impl, "why": "out of time"}
+        for impl in ("timm compile", "timm compile max-autotune")
+    ]
     tuned = model_row(TRAIN, "timm compile max-autotune", 0.07, against=1.4)
     again = model_row(TRAIN, "eager", 0.3, against=9.0)
     cut = [model_row(TRAIN, "vitkern", 0.06), tuned, again]
@@ -421,8 +432,10 @@ def test_a_compilers_ratio_outlives_a_grid_that_was_cut_off(tmp_path: Path) -> N
     def impls(second: Row) -> dict[str, Row]:
         results = read(lines(path, [*small, second, *cut]))
         assert results.ours[TRAIN]["seconds"]["median"] == 0.05
-        assert {r["impl"] for r in results.of("left out")} == {"timm compile"}
-        return {row["impl"]: row for row in results.groups("model")[TRAIN]}
+        found = {row["impl"]: row for row in results.groups("model")[TRAIN]}
+        left_out = {"timm compile", "timm compile max-autotune"} - found.keys()
+        assert {row["impl"] for row in results.of("left out")} == left_out
+        return found
 
     found = impls(started(grid="compiled"))
     assert found.keys() == {"vitkern", "eager", "timm", "hf", "timm compile max-autotune"}
