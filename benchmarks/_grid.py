@@ -8,7 +8,7 @@ models, batches, images and further precisions; "rest" is what "small" left of t
 machinery, for its tests.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from typing import TypeVar
@@ -22,6 +22,7 @@ from . import _models
 from ._cases import Case, cases, dealt
 from ._models import AUTOCAST, BFLOAT16, FLOAT32, Setting
 from ._report import targets
+from ._report.shortfalls import belongs
 from .peers.networks import RIVALS
 from .peers.ops import OPS
 
@@ -45,10 +46,16 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
 T = TypeVar("T")
 
 
-def by_value(found: Iterable[T]) -> list[T]:
-    """Settings or cases that targets are of, then all others as they come."""
+def by_value(found: Iterable[T], then: Callable[[T], int] = lambda each: 0) -> list[T]:
+    """Settings or cases that targets are of, then all others by a key, or as they come."""
     places = targets.order()
-    return sorted(found, key=lambda each: places.get(str(each), len(places)))
+    return sorted(found, key=lambda each: (places.get(str(each), len(places)), then(each)))
+
+
+def model_of(case: Case) -> int:
+    """B/16's ops, which tell why a target of it is missed, then L/16's, then all others."""
+    words = case.as_dict()
+    return next((n for n, name in enumerate((BASE, LARGE)) if belongs(words, name)), 2)
 
 
 def settings(grid: str, device: torch.device) -> list[Setting]:
@@ -140,7 +147,7 @@ def op_cases(grid: str, device: torch.device) -> Iterator[Case]:
     chosen = {"full": dtypes(device), "rest": dtypes(device)[1:]}.get(grid, (torch.bfloat16,))
     for dtype in chosen:
         found = dealt(cases(REGISTRY.values(), ["vit"], (dtype,)))
-        yield from found[: len(REGISTRY)] if grid == "compiled" else by_value(found)
+        yield from found[: len(REGISTRY)] if grid == "compiled" else by_value(found, model_of)
 
 
 def _first(found: Iterator[Case], most: int) -> Iterator[Case]:

@@ -108,6 +108,14 @@ def test_the_grids_begin_with_what_counts() -> None:
     assert ops[1] == ATTENTION.replace("attention", "attention_backward")
     assert len(ops) == len(set(ops))
     assert all(name.startswith("attention") for name in ops[:12])
+    # Behind the targets' the rest of B/16's, then L/16's.
+    widths = ["-> 768 scale drop fp32", "linear_act [gelu 64x197x1024", "64x257x1280 ->"]
+    firsts = [next(n for n, name in enumerate(ops) if width in name) for width in widths]
+    assert firsts == sorted(firsts)
+    assert (
+        ops.index("norm_linear_backward [ln 64x197x768 ->  2304 saved given statistics] bfloat16")
+        < 40
+    )
     kinds = ["norm_linear", "layer_norm [", "patch_embed ["]
     first = [next(n for n, name in enumerate(ops) if name.startswith(kind)) for kind in kinds]
     assert first == sorted(first)

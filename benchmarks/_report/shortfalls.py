@@ -118,7 +118,7 @@ def _of_a_model(results: Results, case: Row) -> list[str]:
         for row in results.ours.values()
         if row["level"] == "op"
         and "roofline" in row
-        and _belongs(row["case"], case["model"])
+        and belongs(row["case"], case["model"])
         # At batch 1 ops have other shapes than in training, and no backward.
         and (training or "backward" not in row["case"]["op"])
     ]
@@ -141,7 +141,7 @@ def _ops(rows: Iterable[Row]) -> list[str]:
     return table(("op", "implementation", "time", "% of roofline"), cells)
 
 
-def _belongs(case: Row, model: str) -> bool:
+def belongs(case: Row, model: str) -> bool:
     """Whether an op's sample has a model's widths, tokens or heads."""
     config = ViTConfig.from_name(model)
     tokens, width = math.prod(config.grid_size) + config.num_prefix_tokens, config.embed_dim
