@@ -49,7 +49,7 @@ class Asked(NamedTuple):
 
 # Plain globals and not context variables: autograd calls backward launchers from its own threads.
 _asked: list[Asked] | None = None
-_overrides: Mapping[_tuned.Key, Any] = {}
+_overrides: Mapping[Any, Any] = {}
 _watched = False
 
 
@@ -91,26 +91,27 @@ class Tunable(Generic[C]):
         candidates: Callable[[], Sequence[C]],
     ) -> tuple[C, bool]:
         """(the config, whether a table says so)."""
-        if key in _overrides:
-            return _overrides[key], False
+        for name in (key, self.kernel):
+            if name in _overrides:
+                return _overrides[name], False
         if _launch.pretended():
             return default, False
         table = _tuned.table(device)
         try:
             found = table.picked[key, default]
         except KeyError:
-            found = table.picked[key, default] = self._measured(table, key, default, candidates)
+            found = table.picked[key, default] = self.measured(table, key, default, candidates)
         answer: tuple[C, bool] = found
         return answer
 
-    def _measured(
+    def measured(
         self,
         table: _tuned.Table,
         key: _tuned.Key,
         default: C,
         candidates: Callable[[], Sequence[C]],
     ) -> tuple[C, bool]:
-        """What `table` has for this key, or a near one; `default` where that is nothing of use."""
+        """What `table` has for this key, or a near one, and whether that is anything of use."""
         _warn_of_unknown(table)
         for bucket, found in _tuned.nearest(table.configs, key):
             if bucket != key[1] and found.default != asdict(default):  # type: ignore[call-overload]
@@ -164,14 +165,18 @@ def record() -> Iterator[list[Asked]]:
 
 
 @contextlib.contextmanager
-def override(configs: Mapping[_tuned.Key, Any]) -> Iterator[None]:
+def override(configs: Mapping[Any, Any]) -> Iterator[None]:
     """Launch with these configs within the block, whatever tables say.
+
+    Args:
+        configs: by key, or by the name of a kernel, for all calls of it.
 
     Raises:
         TypeError: a config isn't of the class that its kernel takes.
     """
     global _overrides, _watched
-    for (kernel, *_), config in configs.items():
+    for name, config in configs.items():
+        kernel = name if isinstance(name, str) else name[0]
         if type(config) is not TUNABLE[kernel].config:
             raise TypeError(
                 f"configs: that of {kernel} must be a {TUNABLE[kernel].config.__name__}, "

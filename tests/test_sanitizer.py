@@ -19,7 +19,7 @@ from benchmarks._report.results import read
 from benchmarks._verify import faults, sanitizer, watch
 from benchmarks._verify.reports import FOREIGN, Report, Stream
 from benchmarks._verify.sanitizer import main
-from vitkern.kernels._triton import TRITON_MISSING
+from vitkern.kernels._triton import INTERPRET, TRITON_MISSING
 
 Row = dict[str, Any]
 
@@ -101,6 +101,65 @@ def test_small_calls_are_what_they_say(counted: Row) -> None:
     labels: list[str] = counted["labels"]
     assert len(set(labels)) == len(labels)
     assert not counted["unlike"]
+
+
+TUNED = """
+import json
+import sys
+from dataclasses import asdict
+from benchmarks import _offline
+from benchmarks.tune import places
+from vitkern.kernels import REGISTRY, _tuned
+
+card, entries, keys = ((9, 0), 132), {}, set()
+found = places.of_steps([REGISTRY[name] for name in sys.argv[2:]], places.STAGES[0], *card)
+for place in (place for place in found if place.impl == "triton"):
+    for question, _ in places.looked_at(place, *card, {}):
+        default, key = question.default, question.key
+        other = [config for config in question.candidates() if config != default][-1]
+        for asked, launches in places.looked_at(place, *card, {key: other}):
+            if asked.key == key:
+                keys |= {_offline.make_job(place.case(), each, 90).config_key for each in launches}
+        entries[key] = {
+            "kernel": key[0], "bucket": key[1], "dtype": str(key[2]).removeprefix("torch."),
+            "config": asdict(other), "default": asdict(default),
+        }
+table = {"schema": _tuned.SCHEMA, "entries": [], "verified": {}, "configs": [*entries.values()]}
+json.dump(table, open(sys.argv[1], "w"))
+print(json.dumps(sorted(keys)))
+"""
+
+
+@needs_triton
+def test_configs_of_a_table_are_looked_at(tmp_path: Path, capsys: Any) -> None:
+    ops, table, plan = ["layer_norm", "linear_residual"], tmp_path / "t.json", tmp_path / "plan"
+    done = subprocess.run(
+        [sys.executable, "-c", TUNED, str(table), *ops],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = set(json.loads(done.stdout))
+    rows = sanitizer.make_plan("cpu", ops, plan, table)
+    default, reached = (
+        {key for row in rows if bool(row.get("tuned")) == tuned for key in row.get("keys", ())}
+        for tuned in (False, True)
+    )
+    assert expected - default
+    assert expected <= default | reached
+    calls = [row for row in rows if "control" not in row]
+    names = {(row["op"], row["impl"], row["label"], row["dtype"]) for row in calls}
+    assert len(names) == len(calls)
+    # And such a call can be made.
+    number = next(n for n, row in enumerate(rows) if "norm.forward" in row.get("tuned", ()))
+    assert "norm.forward tuned to" in rows[number]["label"]
+    if INTERPRET:
+        assert sanitizer.child(plan, [number], "cpu") == 0
+        assert "raised" not in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="--table: expected a table of measured configs"):
+        sanitizer.make_plan("cpu", ops, plan, tmp_path / "absent.json")
 
 
 OURS = {"norm_forward_kernel", "forward_kernel", "column_sum_kernel"}
@@ -333,7 +392,7 @@ def rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
         row = {**call, "control": tool, "op": "control", "label": "a planted fault"}
         plan.append({**row, "kernels": [kernel], "configs": [""]})
 
-    def make_plan(device: str, ops: Any, path: Path) -> list[Row]:
+    def make_plan(device: str, ops: Any, path: Path, table: Any) -> list[Row]:
         path.write_text("\n".join(map(json.dumps, plan)))
         return plan
 

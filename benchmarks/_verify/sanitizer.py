@@ -5,10 +5,11 @@
     initcheck   reads of global memory that nobody wrote
     synccheck   barriers that not all come to
 
-The calls are those of ``small.py``. First they run without a tool, in parallel processes, which
-compiles all kernels. Then each tool gets the calls in chunks, each a process that makes one after
-the other and says so ("@@ 17"), so that what the tool reports has a call to belong to. A process
-that dies or hangs costs the call it was at; another goes on behind that.
+The calls are those of ``small.py``, with the configs of a table of this card among them. First they
+run without a tool, in parallel processes, which compiles all kernels. Then each tool gets the calls
+in chunks, each a process that makes one after the other and says so ("@@ 17"), so that what the
+tool reports has a call to belong to. A process that dies or hangs costs the call it was at; another
+goes on behind that.
 
 Reports in kernels that aren't ours (cuBLAS, ATen) get rows of their own and fail nothing. A race
 that the tool itself calls a warning is counted, and fails nothing either. A call is right when it
@@ -69,9 +70,13 @@ def find_tool() -> str | None:
 # ---- the child: what runs under the tool
 
 
-def plan(device: str, ops: Sequence[str] | None) -> None:
-    """Print every call as a line of JSON. In a process of its own, where kernels are compiled."""
-    from vitkern.kernels import _verified
+def plan(device: str, ops: Sequence[str] | None, table: Path | None) -> None:
+    """Print every call as a line of JSON. In a process of its own, where kernels are compiled.
+
+    Raises:
+        ValueError: the file holds no table.
+    """
+    from vitkern.kernels import _tuned, _verified
     from vitkern.kernels._triton import triton
 
     from .._cases import choose_ops
@@ -80,7 +85,13 @@ def plan(device: str, ops: Sequence[str] | None) -> None:
     chosen = choose_ops(ops)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
     compiler = f"triton-{triton.__version__}"
-    for call in small.small_calls(chosen, capability):
+    if table is not None:
+        tuned = _tuned.read(table)
+        if tuned is None:
+            raise ValueError(f"--table: expected a table of measured configs, got {table}")
+    else:  # what is launched here: VITKERN_TUNED may name it
+        tuned = _tuned.table(torch.device(device, 0))
+    for call in small.small_calls(chosen, capability, tuned):
         op = next(op for op in chosen if op.name == call.op)
         source = _verified.digest(inspect.unwrap(op.reference).__code__.co_filename)
         if device == "cuda" or call.impl == "triton":  # the interpreter knows no more
@@ -177,13 +188,16 @@ def chunks(numbers: Sequence[int], count: int) -> list[list[int]]:
     return [list(numbers[i::count]) for i in range(min(count, len(numbers)))]
 
 
-def make_plan(device: str, ops: Sequence[str] | None, path: Path) -> list[Row]:
+def make_plan(
+    device: str, ops: Sequence[str] | None, path: Path, table: Path | None = None
+) -> list[Row]:
     """The calls, as rows, and in the file `path`.
 
     Raises:
         RuntimeError: they could not be planned; the text says why.
     """
     argv = [*PYTHON, "--plan", "--device", device, *(["--op", *ops] if ops else [])]
+    argv += ["--table", str(table.absolute())] if table else []
     own = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, cwd=ROOT, env={**os.environ, **own}, capture_output=True, text=True)
     if done.returncode:
@@ -200,6 +214,7 @@ def main(
     minutes: float | None = None,
     processes: int | None = None,
     command: Sequence[str] | None = None,
+    table: Path | None = None,
 ) -> int:
     """Run `tools` over the calls of `ops` (all for None); 0 no error, 1 errors, 2 not (all) run.
 
@@ -208,6 +223,8 @@ def main(
         minutes: after which what was not checked is left out.
         processes: how many at a time; by default two fewer than there are cores.
         command: in place of compute-sanitizer; a rehearsal on "cpu" needs one.
+        table: whose launch configs are looked at beside the defaults; None for that of this card,
+            which VITKERN_TUNED may name.
     """
     where = torch.device(device).type
     stop = time.monotonic() + 60 * (1e6 if minutes is None else minutes)
@@ -226,7 +243,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         plan_file = Path(folder, "plan.jsonl")
         try:
-            calls = make_plan(where, ops, plan_file)
+            calls = make_plan(where, ops, plan_file, table)
         except RuntimeError as problem:
             print(f"error: {problem}", file=sys.stderr)
             return 2
@@ -330,6 +347,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, help="the file to which results are added")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--table", type=Path, help="of measured launch configs (this card's own)")
     parser.add_argument("--op", nargs="+", help="these ops only (default: all)")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--minutes", type=float, help="after which the rest is left out")
@@ -339,11 +357,11 @@ if __name__ == "__main__":
         parser.add_argument(option, help=argparse.SUPPRESS, **kind)
     asked = parser.parse_args()
     if asked.plan:
-        plan(asked.device, asked.op)
+        plan(asked.device, asked.op, asked.table)
     elif asked.child:
         sys.exit(child(Path(asked.child), _ints(asked.calls), asked.device))
     elif asked.results is None:
         parser.error("--results: expected a file to which results are added")
     else:
         options = asked.op, asked.tools, asked.minutes, asked.processes
-        sys.exit(main(asked.results, asked.device, *options))
+        sys.exit(main(asked.results, asked.device, *options, table=asked.table))

@@ -1,5 +1,8 @@
 """The fewest and cheapest calls that together reach every launch config of every kernel.
 
+That is, those that launchers choose for any sample and for the calls that ViT-B/16 and L/16 make
+(``tune/places.py``); and those that a table has in place of these.
+
 A tool that instruments kernels makes them 10 to 100 times slower, so it wants small calls; but
 large tiles are chosen for large calls only. Two things bring them to small ones: a "vit" sample of
 fewer images, and a launcher that chooses as on a card of few multiprocessors, which few rows fill.
@@ -13,21 +16,27 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitkern.kernels import REGISTRY
-from vitkern.kernels._launch import Launch, intercept
+from vitkern.kernels._configs import TUNABLE, override, record
+from vitkern.kernels._launch import Launch, intercept, sm_count
 from vitkern.kernels._op import Arg, Op, Sample, dtype_name
+from vitkern.kernels._tuned import Table
 
 from .. import _offline
 from .._cases import Case, cases, kernel_name
+from ..tune import places
 
 # As few as possible first; 132 are an H100's.
 PROCESSORS = (1, 2, 4, 8, 16, 33, 66, 132)
+
+STEP = "step"  # the size of what is no sample of an op, but a call of a model's
 
 # Images, and at most so many tokens of each where an op takes tokens one by one.
 ROWS = ((1, 64), (1, 256), (1, None), (2, None), (4, None), (8, None), (16, None), (32, None))
@@ -44,7 +53,8 @@ class SmallCall:
     """One call of a launcher, and the launches that it makes.
 
     precision: ``torch.set_float32_matmul_precision``. images, tokens: how many are left of the
-    sample's; None: all. processors: multiprocessors of the card that configs are made for.
+    sample's; None: all. processors: multiprocessors of the card that configs are made for. tuned:
+    by kernel, a table's config in place of the default, by its fields.
     kernels, configs, keys: of its distinct launches, in order. flops: of the op.
     """
 
@@ -63,6 +73,7 @@ class SmallCall:
     keys: tuple[str, ...] = ()
     flops: int = 0
     elements: int = 0
+    tuned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.op} {self.impl} [{self.label}] {self.dtype}"
@@ -77,7 +88,10 @@ class SmallCall:
             parts.append(f"{self.tokens} tokens")
         if self.dtype == "float32" and self.precision != "highest":
             parts.append("TF32")
-        return ", ".join([*parts, f"as on {self.processors} SM"])
+        parts.append(f"as on {self.processors} SM")
+        for kernel, config in self.tuned.items():
+            parts.append(f"{kernel} tuned to {' '.join(map(str, config.values()))}")
+        return ", ".join(parts)
 
     def arguments(self, device: str | torch.device) -> dict[str, Any]:
         """The op's own; values are drawn, cast and completed on a CPU, and only then copied.
@@ -101,17 +115,40 @@ class SmallCall:
     def _on_its_card(self, handle: Callable[[Launch], None]) -> Iterator[None]:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
+        tuned = {name: TUNABLE[name].config(**fields) for name, fields in self.tuned.items()}
+        card = intercept(handle, divmod(self.arch, 10), self.processors)
         try:
-            with torch.no_grad(), intercept(handle, divmod(self.arch, 10), self.processors):
+            with torch.no_grad(), card, override(tuned):
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
 
     def _sample(self) -> Sample:
+        if self.size == STEP:
+            return shrunk(_step_sample(self.op, self.sample, self.arch), self.images, self.tokens)
         for sample in REGISTRY[self.op].samples(self.size):
             if sample.label == self.sample:
                 return shrunk(sample, self.images, self.tokens)
         raise ValueError(f"sample: {self.op} has no {self.size} sample {self.sample!r}")
+
+
+@cache
+def _step_sample(op: str, label: str, arch: int) -> Sample:
+    with torch.enable_grad(), intercept(lambda launch: None, divmod(arch, 10)):
+        return places.step_sample(op, label)
+
+
+def card(arch: int) -> tuple[tuple[int, int], int]:
+    """Compute capability and multiprocessors that configs are made for."""
+    capability = divmod(arch, 10)
+    with intercept(lambda launch: None, capability):
+        return capability, sm_count(torch.device("meta"))
+
+
+def step_cases(ops: Iterable[Op], arch: int) -> list[Case]:
+    """The calls of the models' training and inference, with many images."""
+    found = places.of_steps(ops, places.STAGES[0], *card(arch))
+    return [replace(p.case(), size=STEP) for p in found if p.impl == "triton"]
 
 
 def launchers(op: Op, arch: int) -> dict[str, Callable[..., Any]]:
@@ -205,8 +242,8 @@ class Survey:
     tiny: list[SmallCall]
 
 
-def survey(ops: Sequence[Op], arch: int) -> Survey:
-    """What the offline compiler finds, and Gluon's.
+def survey(ops: Sequence[Op], arch: int, table: Table | None = None) -> Survey:
+    """What the offline compiler finds, Gluon's, those of models' steps, and those of `table`.
 
     Raises:
         RuntimeError: a launcher fails without a GPU.
@@ -216,16 +253,34 @@ def survey(ops: Sequence[Op], arch: int) -> Survey:
         raise RuntimeError(f"launchers that fail without a GPU: {'; '.join(failed)}")
     goals: dict[str, list[tuple[SmallCall, Case]]] = {job.config_key: [] for job in jobs}
     tiny = []
-    for call, case in plain(cases(ops, ("tiny", "vit")), arch, 132 if arch == 90 else 108):
-        looked = look(call, case)
-        if looked is not None:
-            tiny += [looked] if call.size == "tiny" else []
-            for key in looked.keys:
-                goals.setdefault(key, []).append((call, case))
+    known = [*cases(ops, ("tiny", "vit")), *step_cases(ops, arch)]
+    for call, case in plain(known, arch, card(arch)[1]):
+        for each in (call, *(as_tuned(call, table) if table is not None else ())):
+            looked = look(each, case)
+            if looked is not None:
+                tiny += [looked] if call.size == "tiny" else []
+                for key in looked.keys:
+                    goals.setdefault(key, []).append((each, case))
     return Survey(goals, tiny)
 
 
-def small_calls(ops: Iterable[Op], capability: tuple[int, int]) -> list[SmallCall]:
+def as_tuned(call: SmallCall, table: Table) -> Iterator[SmallCall]:
+    """The call with each config that the table has for it in place of the default."""
+    try:
+        with record() as asked:
+            call.run(call.arguments("meta"), lambda launch: None)
+    except Exception:  # a sample that this launcher does not take
+        return
+    for key, question in {question.key: question for question in asked}.items():
+        kernel, default = TUNABLE[key[0]], question.default
+        config, _ = kernel.measured(table, key, default, question.candidates)
+        if config != default:
+            yield replace(call, tuned={key[0]: asdict(config)})
+
+
+def small_calls(
+    ops: Iterable[Op], capability: tuple[int, int], table: Table | None = None
+) -> list[SmallCall]:
     """Calls that reach every launch config for a card of this compute capability, cheapest first.
 
     Raises:
@@ -236,7 +291,7 @@ def small_calls(ops: Iterable[Op], capability: tuple[int, int]) -> list[SmallCal
         known = ", ".join(map(str, _offline.MULTIPROCESSORS))
         raise ValueError(f"capability: expected one of {known}, got {arch}")
     ops = list(ops)
-    return fewest(survey(ops, arch), ops, arch)
+    return fewest(survey(ops, arch, table), ops, arch)
 
 
 def fewest(found: Survey, ops: Sequence[Op], arch: int) -> list[SmallCall]:

@@ -176,6 +176,20 @@ def steps(batches: Batches) -> list[list[Step]]:
     return [[Step(model, *pair) for pair in pairs] for model in MODELS]
 
 
+def step_sample(op: str, label: str) -> Sample:
+    """The call of a model's first stage that has this label, on the card of `intercept`.
+
+    Raises:
+        LookupError: there is none such.
+    """
+    for step in (step for each in steps(STAGES[0]) for step in each):
+        if label.startswith(f"{step} "):
+            for call in step.calls():
+                if (call.op, f"{step} {call}") == (op, label):
+                    return call.sample(label)
+    raise LookupError(f"{op}: no step calls it as [{label}]")
+
+
 @dataclass(frozen=True)
 class Place:
     """A call of one of our kernels, as it goes from process to process.

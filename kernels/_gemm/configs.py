@@ -238,7 +238,8 @@ def norm_finish_config(width: int) -> NormFinishConfig:
 def norm_finish_candidates(width: int, params: bool) -> list[NormFinishConfig]:
     """Other rows; and where there is a weight to finish, other shapes of its steps.
 
-    With 16 values of the weight a thread 4 warps would spill two registers (Triton 3.8). Few tokens
+    With 16 values of the weight a thread 4 warps would spill two registers, as 8 do with 256 rows
+    at once (Triton 3.8). Few tokens
     wait for the columns: of 768, in steps of 32, only 24 programs take a part.
     """
     found = [
@@ -247,7 +248,7 @@ def norm_finish_candidates(width: int, params: bool) -> list[NormFinishConfig]:
     ]
     if not params:
         return found
-    steps = ((32, 32), (128, 32), (32, 64), (128, 16), (256, 16))
+    steps = ((32, 32), (128, 32), (32, 64), (128, 16))
     default = norm_finish_config(width)
     return found + variants(default, *({"block_r": r, "block_c": c} for r, c in steps))
 
