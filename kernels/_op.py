@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,15 @@ from torch.autograd import profiler
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _tuned, _verified
-from ._launch import intercepted
+from ._launch import intercepted, watched
 from ._replay import replayed
 from ._triton import INTERPRET, TRITON_MISSING
 from ._verified import KERNELS as KERNELS
 
 LIBRARY = torch.library.Library("vitkern", "DEF")
 REGISTRY: dict[str, "Op"] = {}
+
+T = TypeVar("T")
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -312,6 +314,7 @@ def choose(
     bucket: Callable[[], str] | None = None,
     dtype: torch.dtype | None = None,
     peer_unfit: Callable[[str], str | None] | None = None,
+    grad: bool | None = None,
 ) -> str:
     """Name of the implementation that runs this call.
 
@@ -330,13 +333,15 @@ def choose(
         dtype: in which the kernel computes; by default that of the first floating-point tensor.
         peer_unfit: why the peer of this name can't run here; asked where it is named, by the caller
             or by a table.
+        grad: whether a gradient is wanted; by default, whether these tensors want one.
 
     Raises:
         ValueError: unknown name, or an explicit one that can't run here; the text says why.
     """
     unfit = unfit or {}
+    grad = wants_grad(*tensors) if grad is None else grad
     if impl == "auto":
-        name, why = _automatic(op, tensors, unfit, avoid, bucket, dtype, peer_unfit)
+        name, why = _automatic(op, tensors, unfit, avoid, bucket, dtype, peer_unfit, grad)
     else:
         if impl not in op.implementations:
             known = ", ".join(["auto", *op.implementations])
@@ -347,13 +352,48 @@ def choose(
         if problem:
             raise ValueError(f"{op.name}: impl={impl!r} can't run here: {problem}")
         name, why = impl, "asked for"
-        _distrust(op, name, tensors, dtype, f"it runs, as impl={impl!r} was asked for")
+        _distrust(op, name, tensors, dtype, grad, f"it runs, as impl={impl!r} was asked for")
     if not torch.compiler.is_compiling() and _recorded is not None:
         more = None if detail is None else detail(name)
         why = f"{why}; {more}" if more else why
-        full = _tuned.full_bucket(_key(tensors, bucket), wants_grad(*tensors))
+        full = _tuned.full_bucket(_key(tensors, bucket), grad)
         _recorded.append(Choice(op.name, name, why, full, dtype or _dtype(tensors)))
     return name
+
+
+# Decisions kept for a card: a training run takes a few, images of any size take any number.
+REMEMBERED = 4096
+
+
+def remembered(decide: Callable[..., T], tensors: tuple[Tensor | None, ...], *options: Any) -> T:
+    """``decide(tensors, *options)``, which chooses implementations, without asking it twice.
+
+    Args:
+        decide: goes by how the tensors look, by whether they want gradients, and by the hashable
+            options; else by nothing but tables of measurements and verdicts on kernels.
+        tensors: the first is never None.
+    """
+    if torch.compiler.is_compiling() or _recorded is not None or watched():
+        return decide(tensors, *options)
+    known = _tuned.table(_device(tensors)).decisions
+    key: list[Any] = [decide, options, torch.is_grad_enabled()]
+    for t in tensors:
+        key += (None,) if t is None else (t.shape, t.dtype, t.device, t.requires_grad)
+    look = tuple(key)
+    try:
+        found: T = known[look]
+        return found
+    except KeyError:
+        pass
+    except TypeError:  # a size is a symbol of a tracer's, and no key
+        return decide(tensors, *options)
+    before = _verified.open_questions
+    found = decide(tensors, *options)
+    if _verified.open_questions == before:
+        if len(known) >= REMEMBERED:
+            known.clear()
+        known[look] = found
+    return found
 
 
 def _automatic(
@@ -364,12 +404,13 @@ def _automatic(
     bucket: Callable[[], str] | None,
     dtype: torch.dtype | None,
     peer_unfit: Callable[[str], str | None] | None,
+    grad: bool,
 ) -> tuple[str, str]:
     ignored = "auto leaves it alone"
     on_gpu = _on_gpu(tensors)
     if on_gpu:
-        entry = _measured(op, tensors, unfit, avoid, bucket, dtype, peer_unfit)
-        if entry and not _distrust(op, entry.implementation, tensors, dtype, ignored):
+        entry = _measured(op, tensors, unfit, avoid, bucket, dtype, peer_unfit, grad)
+        if entry and not _distrust(op, entry.implementation, tensors, dtype, grad, ignored):
             return entry.implementation, entry.why
     if unfit.get(op.portable_name):
         fallback, ruled_out = "reference", f"; {op.portable_name}: {unfit[op.portable_name]}"
@@ -384,7 +425,7 @@ def _automatic(
         return fallback, problem + ruled_out
     if avoid:
         return fallback, f"{avoid}; not measured on this card{ruled_out}"
-    problem = _distrust(op, "triton", tensors, dtype, ignored)
+    problem = _distrust(op, "triton", tensors, dtype, grad, ignored)
     if problem:
         return fallback, problem + ruled_out
     return "triton", "CUDA tensors of a kernel dtype; not measured on this card"
@@ -398,6 +439,7 @@ def _measured(
     bucket: Callable[[], str] | None,
     dtype: torch.dtype | None,
     peer_unfit: Callable[[str], str | None] | None,
+    grad: bool,
 ) -> _tuned.Entry | None:
     """What was measured of such calls on this card, if it can run this one."""
     device = _device(tensors)
@@ -408,7 +450,7 @@ def _measured(
             return None
     elif not _tuned.table(device).entries:
         return None
-    key, grad = _key(tensors, bucket), wants_grad(*tensors)
+    key = _key(tensors, bucket)
     entry = _tuned.lookup(device, op.name, key, dtype or _dtype(tensors), grad)
     if entry is None or entry.implementation not in op.implementations:
         return None
@@ -423,12 +465,17 @@ def _measured(
 
 
 def _distrust(
-    op: Op, impl: str, tensors: tuple[Tensor | None, ...], dtype: torch.dtype | None, then: str
+    op: Op,
+    impl: str,
+    tensors: tuple[Tensor | None, ...],
+    dtype: torch.dtype | None,
+    grad: bool,
+    then: str,
 ) -> str | None:
     """Why `impl` is not to be trusted on this GPU; with a warning, once, that says what happens."""
     if impl not in KERNELS or not _on_gpu(tensors):
         return None
-    call = (op.name, impl, dtype or _dtype(tensors), _device(tensors), wants_grad(*tensors))
+    call = (op.name, impl, dtype or _dtype(tensors), _device(tensors), grad)
     if torch.compiler.is_compiling():
         return _problem(call, ())
     try:
@@ -517,9 +564,10 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast asks matrix products to run in on `device`; None outside autocast."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None  # autocast knows no "meta", and raises
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -530,8 +578,8 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors that there are, in `dtype`."""
-    # to() costs a microsecond even where there is nothing to do.
-    return tuple([t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors])
+    # to() costs a microsecond even where there is nothing to do, and by name a third less.
+    return tuple([t if t is None or t.dtype is dtype else t.to(dtype=dtype) for t in tensors])
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -69,7 +69,7 @@ T = TypeVar("T")
 class Table:
     """All that was measured on one card; `near`: what was found for keys that stand not in it.
 
-    picked: the configs that `_configs.py` made of `configs`.
+    picked: configs that `_configs.py` made of `configs`. decisions: what `_op.remembered` keeps.
     """
 
     entries: dict[Key, Entry] = field(default_factory=dict)
@@ -77,6 +77,7 @@ class Table:
     near: dict[Key, Entry | None] = field(default_factory=dict)
     configs: dict[Key, Measured] = field(default_factory=dict)
     picked: dict[tuple[Key, Any], Any] = field(default_factory=dict)
+    decisions: dict[Any, Any] = field(default_factory=dict)
 
     def find(self, key: Key) -> Entry | None:
         """The entry under this key, or the one of the nearest size, if that is near."""
@@ -183,6 +184,12 @@ def constant_in_graphs(function: Callable[..., Any]) -> None:
 
 
 _tables: dict[torch.device, Table] = {}
+
+
+def reconsider() -> None:
+    """Forget what was decided: something else than a table's measurements has changed."""
+    for known in _tables.values():
+        known.decisions.clear()
 
 
 def table(device: torch.device) -> Table:

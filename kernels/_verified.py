@@ -363,6 +363,7 @@ def record(name: str, verdict: Verdict) -> None:
     """Take a verdict for granted from now on, in later processes too."""
     _verdicts[name] = verdict
     settled.clear()
+    _tuned.reconsider()
     if not verdict.raised:  # the next process may have the compiler that this one lacked
         keep(name, verdict)
 
@@ -389,6 +390,9 @@ Call: TypeAlias = tuple[str, str, torch.dtype, torch.device, bool]
 # What is wrong with the kernels of a call, if that is known for good in this process.
 settled: dict[Call, str | None] = {}
 
+# How often that was not known: what was decided meanwhile is to be decided again.
+open_questions = 0
+
 
 def problem(
     call: Call, registry: "Mapping[str, Op]", tensors: tuple[Tensor | None, ...]
@@ -399,6 +403,7 @@ def problem(
         tensors: those of the call. Only if they are of no subclass, and so hold data on this
             device, may a check be run; none are given while a compiler traces the call.
     """
+    global open_questions
     op, impl, dtype, device, grad = call
     card = _tuned.card(device) if enabled() else None
     found, final = None, True
@@ -417,6 +422,8 @@ def problem(
                 break
     if final:
         settled[call] = found
+    else:
+        open_questions += 1
     return found
 
 

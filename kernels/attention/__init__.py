@@ -445,8 +445,18 @@ def attention(
     return run(chosen, qkv, options, scale, dropout_p)
 
 
-def select(impl: str, qkv: Tensor, options: Options, scale: float, dropout_p: float = 0.0) -> str:
-    """Name of the implementation for this call; of `qkv` shape, dtype and device count."""
+def select(
+    impl: str,
+    qkv: Tensor,
+    options: Options,
+    scale: float,
+    dropout_p: float = 0.0,
+    grad: bool | None = None,
+) -> str:
+    """Name of the implementation for this call; of `qkv` shape, dtype and device count.
+
+    grad: whether a gradient is wanted, where `qkv` is a stand-in that can't tell.
+    """
     unfit = {"triton": kernel_unfit(qkv.shape[-1], options.sin, options.cos, dropout_p)}
     if dropout_p:
         unfit["reference"] = "it has no dropout"
@@ -462,6 +472,7 @@ def select(impl: str, qkv: Tensor, options: Options, scale: float, dropout_p: fl
         avoid=avoid,
         detail=lambda name: describe(name, qkv, options, scale, dropout_p),
         peer_unfit=lambda name: flash.problem(name, qkv, options, dropout_p),
+        grad=grad,
     )
 
 

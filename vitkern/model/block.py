@@ -37,6 +37,7 @@ from vitkern.model.layers import (
     kept,
     make_drop_path,
     make_norm,
+    parameter,
     plain,
 )
 
@@ -93,9 +94,10 @@ class Block(nn.Module):
         stream = Stream(self.widened(stream.x), stream.stats)
         biased = None if attn_bias is None else BIASED
         attention, mlp = self.attention_problem() or biased, self.mlp_problem()
-        for half, problem in (("attention half", attention), ("MLP half", mlp)):
-            if problem:
-                note(half, "module by module", problem)
+        if attention:
+            note("attention half", "module by module", attention)
+        if mlp:
+            note("MLP half", "module by module", mlp)
         if attention and mlp and not (kept(self.drop_path1) or kept(self.drop_path2)):
             return Stream(self.by_modules(stream.x, attn_bias))
         stream = self.attention_half(stream, not mlp, problem=attention, attn_bias=attn_bias)
@@ -114,15 +116,15 @@ class Block(nn.Module):
         attn_bias: Tensor | None = None,
     ) -> Stream:
         """The stream after attention."""
-        drop_path: Any = self.drop_path1
-        branch = partial(self.attention_branch, attn_bias=attn_bias)
+        drop_path: Any = self._modules["drop_path1"]
         if kept(drop_path):
+            branch = partial(self.attention_branch, attn_bias=attn_bias)
             return drop_path.on_subset(stream, branch, problem)
-        return branch(stream, need_stats, problem)
+        return self.attention_branch(stream, need_stats, problem, None, attn_bias)
 
     def mlp_half(self, stream: Stream, need_stats: bool, *, problem: str | None = None) -> Stream:
         """The stream after the MLP."""
-        drop_path: Any = self.drop_path2
+        drop_path: Any = self._modules["drop_path2"]
         if kept(drop_path):
             return drop_path.on_subset(stream, self.mlp_branch, problem)
         return self.mlp_branch(stream, need_stats, problem)
@@ -136,20 +138,23 @@ class Block(nn.Module):
         attn_bias: Tensor | None = None,
     ) -> Stream:
         """The stream after attention; `factor` [B] stands in for that of stochastic depth."""
-        x, attn = stream.x, self.attn
+        x, parts = stream.x, self._modules
+        attn: Any = parts["attn"]
         if problem:
             branch = attn(self.norm1(x), *given(attn_bias))
             return Stream(self.add(x, branch, self.ls1, self.drop_path1, factor))
-        dtype, normed = product_dtype(x, attn.qkv.weight), not isinstance(attn.q_norm, nn.Identity)
+        within = attn._modules
+        qkv, q_norm, k_norm = linear_of(within["qkv"]), within["q_norm"], within["k_norm"]
+        dtype, normed = product_dtype(x, qkv.weight), not isinstance(q_norm, nn.Identity)
         return fused.attention_half(
             stream,
-            norm_of(self.norm1),
-            linear_of(attn.qkv),
+            norm_of(parts["norm1"]),
+            qkv,
             attn.num_heads,
-            norm_of(attn.q_norm) if normed else None,
-            norm_of(attn.k_norm) if normed else None,
-            linear_of(attn.proj),
-            joint_of(x, self.ls1, self.drop_path1, dtype, factor),
+            norm_of(q_norm) if normed else None,
+            norm_of(k_norm) if normed else None,
+            linear_of(within["proj"]),
+            joint_of(x, parts["ls1"], parts["drop_path1"], dtype, factor),
             fused.How(dtype, self.save, need_stats, self.impl),
         )
 
@@ -157,40 +162,41 @@ class Block(nn.Module):
         self, stream: Stream, need_stats: bool, problem: str | None, factor: Tensor | None = None
     ) -> Stream:
         """The stream after the MLP; `factor` as above."""
-        x, mlp = stream.x, self.mlp
+        x, parts = stream.x, self._modules
+        mlp: Any = parts["mlp"]
         if problem:
             return Stream(self.add(x, mlp(self.norm2(x)), self.ls2, self.drop_path2, factor))
-        dtype = product_dtype(x, mlp.fc2.weight)
+        fc2 = linear_of(mlp._modules["fc2"])
+        dtype = product_dtype(x, fc2.weight)
         return fused.mlp_half(
             stream,
-            norm_of(self.norm2),
+            norm_of(parts["norm2"]),
             mlp.first_layer(),
-            activation_name(mlp.act) or "",
+            activation_name(mlp._modules["act"]) or "",
             mlp.layout != "mlp",
-            linear_of(mlp.fc2),
-            joint_of(x, self.ls2, self.drop_path2, dtype, factor),
+            fc2,
+            joint_of(x, parts["ls2"], parts["drop_path2"], dtype, factor),
             fused.How(dtype, self.save, need_stats, self.impl),
         )
 
     def attention_problem(self) -> str | None:
         """Why the attention half runs module by module; None where it runs fused."""
-        attn = self.attn
+        attn: Any = self._modules["attn"]
         if not plain(attn, Attention, DiffAttention):
             return changed("attn")
-        return attn.problem() or self._problem("1")
+        return attn.problem() or self._problem("1")  # type: ignore[operator]
 
     def mlp_problem(self) -> str | None:
         """Why the MLP half runs module by module; None where it runs fused."""
-        mlp = self.mlp
+        mlp: Any = self._modules["mlp"]
         return (mlp.problem() if plain(mlp, Mlp) else changed("mlp")) or self._problem("2")
 
     def _problem(self, half: str) -> str | None:
         """What both halves ask; `half` is the number in the names of its modules."""
         if self.asked:
             return self.asked
-        parts: Any = self._modules
-        norm, ls, drop_path = (parts[name + half] for name in ("norm", "ls", "drop_path"))
-        return joint_problem(norm, ls, drop_path, half)
+        own: Any = self._modules
+        return joint_problem(own["norm" + half], own["ls" + half], own["drop_path" + half], half)
 
     def class_token_problem(self) -> str | None:
         """Why `class_token` can't stand in for the whole block."""
@@ -296,7 +302,7 @@ def joint_of(
     x: Tensor, ls: Any, drop_path: Any, dtype: torch.dtype, factor: Tensor | None = None
 ) -> fused.Joint:
     """LayerScale and DropPath of a branch in `dtype`, both plain; `factor` overrides the latter."""
-    gamma = None if isinstance(ls, nn.Identity) else ls.gamma
+    gamma = None if isinstance(ls, nn.Identity) else parameter(ls, "gamma")
     if factor is None and not isinstance(drop_path, nn.Identity):
         if gamma is not None:  # DropPath would see their product
             dtype = torch.promote_types(dtype, gamma.dtype)

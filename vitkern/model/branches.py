@@ -23,6 +23,7 @@ from vitkern.model.layers import (
     activation_name,
     idle,
     make_norm,
+    parameter,
     plain,
     plain_linear,
 )
@@ -35,12 +36,12 @@ BIASED = "rel_pos: no op adds a bias to the logits"
 
 def norm_of(norm: Any) -> fused.Norm:
     """A norm's parameters and options."""
-    return fused.Norm(norm.weight, norm.bias, norm.eps, norm.rms)
+    return fused.Norm(parameter(norm, "weight"), parameter(norm, "bias"), norm.eps, norm.rms)
 
 
 def linear_of(layer: Any) -> fused.Linear:
     """A linear layer's parameters."""
-    return fused.Linear(layer.weight, layer.bias)
+    return fused.Linear(parameter(layer, "weight"), parameter(layer, "bias"))
 
 
 def changed(what: str) -> str:
@@ -359,11 +360,15 @@ class Mlp(nn.Module):
 
     def first_layers(self) -> list[Any]:
         """fc1, or the gated pair."""
-        return [getattr(self, name) for name in self.first]
+        return [self._modules[name] for name in self.first]
 
     def plain_layers(self) -> bool:
         """Whether an op may stand in for the first layers and the activation."""
-        return activation_name(self.act) is not None and all(map(plain_linear, self.first_layers()))
+        act: Any = self._modules["act"]
+        for layer in self.first_layers():
+            if not plain_linear(layer):
+                return False
+        return activation_name(act) is not None
 
     def first_layer(self) -> fused.Linear:
         """The first layers as one: packing weights costs less than a second pass over x."""

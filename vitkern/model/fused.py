@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vitkern.kernels._op import KERNELS, Op, cast, note, wants_grad
+from vitkern.kernels._op import KERNELS, Op, cast, note, remembered, wants_grad
 from vitkern.kernels.attention import ATTENTION, ATTENTION_BACKWARD, needs_stats
 from vitkern.kernels.attention import run as run_attention
 from vitkern.kernels.attention import select as select_attention
@@ -83,22 +83,33 @@ class How(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """A half's options and implementations, for its node."""
+    """How a half runs: its implementations, and its options, which an autograd node keeps.
 
+    fused: whether as one. grad: whether a gradient is wanted. out_stats: whether attention's
+    backward needs statistics of its forward. attention: "" where that is chosen once qkv is there.
+    """
+
+    fused: bool
+    grad: bool
+    norm_linear: str
+    linear_residual: str
     dtype: torch.dtype
     eps: float
     rms: bool
     minimal: bool
     need_stats: bool
-    norm_linear: str
-    linear_residual: str
     attention: str = ""
+    out_stats: bool = False
     scale: float = 0.0
     qk_eps: float = 0.0
     qk_rms: bool = False
     heads: int = 0
+    head_dim: int = 0
     activation: str = ""
     gated: bool = False
+
+
+_NO_NORMS: tuple[Tensor | None, ...] = (None,) * 4
 
 
 def _by(op: Op, name: str) -> Callable[..., Any]:
@@ -121,47 +132,69 @@ def attention_half(
 ) -> Stream:
     """The stream after attention. `qk_norm` is that of the queries, `k_norm` that of the keys."""
     x, stats = stream
-    batch, tokens, _ = x.shape
-    head_dim = qkv.weight.shape[0] // (3 * heads)
-    scale = head_dim**-0.5
-    options = Options()
+    norms, qk_eps, qk_rms = _NO_NORMS, 0.0, False
     if qk_norm is not None and k_norm is not None:
-        options = Options(
-            qk_norm.weight, qk_norm.bias, k_norm.weight, k_norm.bias,
-            eps=qk_norm.eps, rms=qk_norm.rms,
-        )  # fmt: skip
-    norms = (options.q_weight, options.q_bias, options.k_weight, options.k_bias)
-    tensors = (x, norm.weight, norm.bias, *qkv, *norms, *proj, *joint)
-    first = select_norm_linear(
-        how.impl["norm_linear"], x, norm.weight, norm.bias, *qkv, how.dtype, "", False
-    )
-    last = select_linear_residual(how.impl["linear_residual"], *proj, x, *joint, how.dtype)
-    need_stats = how.need_stats and last != "gluon"  # which leaves none behind
-    grad = wants_grad(*tensors)
-    middle = ""
-    if (first in KERNELS and last in KERNELS) or (how.save and grad):
-        # A stand-in: qkv does not exist yet, and its shape decides.
-        like = x.new_empty(1, dtype=how.dtype).expand(batch, tokens, 3, heads, head_dim)
-        middle = select_attention(how.impl["attention"], like, options, scale)
-        if middle in ("triton", "sdpa", "reference") and (middle == "triton" or how.save):
-            plan = _Plan(
-                how.dtype, norm.eps, norm.rms, how.save == "minimal", need_stats, first, last,
-                middle, scale, options.eps, options.rms, heads,
-            )  # fmt: skip
-            parts = (stats, norm.weight, norm.bias, *qkv, *norms, *proj, *joint)
-            if grad:
-                return Stream(*_AttentionHalf.apply(x, *parts, plan))
-            y, *_, stats = _attention_forward(x, *parts, plan, False)
-            return Stream(y, stats)
+        norms = (qk_norm.weight, qk_norm.bias, k_norm.weight, k_norm.bias)
+        qk_eps, qk_rms = qk_norm.eps, qk_norm.rms
+    impl = how.impl
+    parts = (norm.weight, norm.bias, *qkv, *norms, *proj, *joint)
+    plan = remembered(
+        _plan_attention, (x, *parts),
+        impl["norm_linear"], impl["attention"], impl["linear_residual"],
+        how.dtype, norm.eps, norm.rms, how.save, how.need_stats, heads, qk_eps, qk_rms,
+    )  # fmt: skip
+    if plan.fused and plan.grad:
+        return Stream(*_AttentionHalf.apply(x, stats, *parts, plan))
+    if plan.fused:
+        linears = cast(how.dtype, *qkv, *proj)
+        norm_params = (norm.weight, norm.bias)
+        y, *_, stats = _attention_forward(x, stats, norm_params, linears, norms, joint, plan, False)
+        return Stream(y, stats)
     packed = run_norm_linear(
-        first, x, norm.weight, norm.bias, *qkv, norm.eps, norm.rms, "", False, how.dtype
-    ).view(batch, tokens, 3, heads, head_dim)
-    if not middle:
-        middle = select_attention(how.impl["attention"], packed, options, scale)
-    if how.save and grad:
+        plan.norm_linear, x, norm.weight, norm.bias, *qkv, norm.eps, norm.rms, "", False, how.dtype
+    ).view(*x.shape[:2], 3, heads, plan.head_dim)
+    options = _options(norms, plan)
+    middle = plan.attention or select_attention(impl["attention"], packed, options, plan.scale)
+    if how.save and plan.grad:
         note("attention half", "op by op", f"save={how.save!r} has no {middle} attention")
-    out = run_attention(middle, packed, options, scale)
-    return Stream(run_linear_residual(last, out, *proj, x, *joint, how.dtype))
+    out = run_attention(middle, packed, options, plan.scale)
+    return Stream(run_linear_residual(plan.linear_residual, out, *proj, x, *joint, how.dtype))
+
+
+def _plan_attention(
+    tensors: tuple[Any, ...],
+    first: str,
+    middle: str,
+    last: str,
+    dtype: torch.dtype,
+    eps: float,
+    rms: bool,
+    save: str,
+    need_stats: bool,
+    heads: int,
+    qk_eps: float,
+    qk_rms: bool,
+) -> _Plan:
+    """The plan for x and the parts; `first`, `middle` and `last` are what was asked for."""
+    x, norm_weight, norm_bias, weight, bias, *norms, proj_weight, proj_bias, gain, factor = tensors
+    first = select_norm_linear(first, x, norm_weight, norm_bias, weight, bias, dtype, "", False)
+    last = select_linear_residual(last, proj_weight, proj_bias, x, gain, factor, dtype)
+    head_dim, grad = weight.shape[0] // (3 * heads), wants_grad(*tensors)
+    plan = _Plan(
+        False, grad, first, last, dtype, eps, rms, save == "minimal",
+        need_stats and last != "gluon",  # which leaves none behind
+        scale=head_dim**-0.5, qk_eps=qk_eps, qk_rms=qk_rms, heads=heads, head_dim=head_dim,
+    )  # fmt: skip
+    if not (first in KERNELS and last in KERNELS) and not (save and grad):
+        return plan
+    # A stand-in: qkv does not exist yet, and its shape decides.
+    like = x.new_empty(1, dtype=dtype).expand(*x.shape[:2], 3, heads, head_dim)
+    options = _options(norms, plan)
+    backward = wants_grad(x, norm_weight, norm_bias, weight, bias, *norms)
+    middle = select_attention(middle, like, options, plan.scale, 0.0, backward)
+    fused = middle == "triton" or (bool(save) and middle in ("sdpa", "reference"))
+    out_stats = grad and middle == "triton" and needs_stats(like, options)
+    return plan._replace(fused=fused, attention=middle, out_stats=out_stats)
 
 
 def mlp_half(
@@ -176,27 +209,49 @@ def mlp_half(
 ) -> Stream:
     """The stream after the MLP."""
     x, stats = stream
-    tensors = (x, norm.weight, norm.bias, *fc1, *fc2, *joint)
-    first = select_norm_linear(
-        how.impl["norm_linear"], x, norm.weight, norm.bias, *fc1, how.dtype, activation, gated
-    )
-    last = select_linear_residual(how.impl["linear_residual"], *fc2, x, *joint, how.dtype)
-    need_stats = how.need_stats and last != "gluon"
-    grad = wants_grad(*tensors)
-    if (first in KERNELS and last in KERNELS) or (how.save and grad):
-        plan = _Plan(
-            how.dtype, norm.eps, norm.rms, how.save == "minimal", need_stats, first, last,
-            activation=activation, gated=gated,
-        )  # fmt: skip
-        parts = (stats, norm.weight, norm.bias, *fc1, *fc2, *joint)
-        if grad:
-            return Stream(*_MlpHalf.apply(x, *parts, plan))
-        y, *_, stats = _mlp_forward(x, *parts, plan, False)
+    impl = how.impl
+    parts = (norm.weight, norm.bias, *fc1, *fc2, *joint)
+    plan = remembered(
+        _plan_mlp, (x, *parts), impl["norm_linear"], impl["linear_residual"],
+        how.dtype, norm.eps, norm.rms, how.save, how.need_stats, activation, gated,
+    )  # fmt: skip
+    if plan.fused and plan.grad:
+        return Stream(*_MlpHalf.apply(x, stats, *parts, plan))
+    if plan.fused:
+        linears, norm_params = cast(how.dtype, *fc1, *fc2), (norm.weight, norm.bias)
+        y, *_, stats = _mlp_forward(x, stats, norm_params, linears, joint, plan, False)
         return Stream(y, stats)
     hidden = run_norm_linear(
-        first, x, norm.weight, norm.bias, *fc1, norm.eps, norm.rms, activation, gated, how.dtype
+        plan.norm_linear, x, norm.weight, norm.bias, *fc1, norm.eps, norm.rms, activation, gated,
+        how.dtype,
+    )  # fmt: skip
+    return Stream(run_linear_residual(plan.linear_residual, hidden, *fc2, x, *joint, how.dtype))
+
+
+def _plan_mlp(
+    tensors: tuple[Any, ...],
+    first: str,
+    last: str,
+    dtype: torch.dtype,
+    eps: float,
+    rms: bool,
+    save: str,
+    need_stats: bool,
+    activation: str,
+    gated: bool,
+) -> _Plan:
+    """The plan for x and the parts; `first` and `last` are what was asked for."""
+    x, norm_weight, norm_bias, weight, bias, fc2_weight, fc2_bias, gain, factor = tensors
+    first = select_norm_linear(
+        first, x, norm_weight, norm_bias, weight, bias, dtype, activation, gated
     )
-    return Stream(run_linear_residual(last, hidden, *fc2, x, *joint, how.dtype))
+    last = select_linear_residual(last, fc2_weight, fc2_bias, x, gain, factor, dtype)
+    grad = wants_grad(*tensors)
+    return _Plan(
+        (first in KERNELS and last in KERNELS) or bool(save and grad),
+        grad, first, last, dtype, eps, rms, save == "minimal", need_stats and last != "gluon",
+        activation=activation, gated=gated,
+    )  # fmt: skip
 
 
 def _options(weights: Sequence[Tensor | None], plan: _Plan) -> Options:
@@ -208,42 +263,33 @@ def _attend(
     qkv: Tensor, weights: Sequence[Tensor | None], plan: _Plan, saving: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(out, statistics that its backward needs, or None)."""
-    options = _options(weights, plan)
-    need = saving and plan.attention == "triton" and needs_stats(qkv, options)
-    out, stats = _by(ATTENTION, plan.attention)(qkv, *options, plan.scale, need)
+    need = saving and plan.out_stats
+    out, stats = _by(ATTENTION, plan.attention)(qkv, *_options(weights, plan), plan.scale, need)
     return out, stats if need else None
 
 
 def _attention_forward(
     x: Tensor,
     stats: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    q_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_weight: Tensor | None,
-    k_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop_scale: Tensor | None,
+    norm: Sequence[Tensor | None],
+    linears: Sequence[Any],
+    qk_norms: Sequence[Tensor | None],
+    joint: Sequence[Tensor | None],
     plan: _Plan,
     saving: bool,
 ) -> tuple[Any, ...]:
-    """(y, x_hat, spread, qkv, out, its statistics, statistics of y); weights are in the dtype."""
-    qkv16, bias16, proj16, proj_bias16 = cast(
-        plan.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias
-    )
+    """(y, x_hat, spread, qkv, out, its statistics, statistics of y).
+
+    linears: weight and bias of qkv and of proj, in the dtype of the products.
+    """
+    qkv_weight, qkv_bias, proj_weight, proj_bias = linears
     flat, _, x_hat, spread = _by(NORM_LINEAR, plan.norm_linear)(
-        x, norm_weight, norm_bias, qkv16, bias16, stats,
-        plan.eps, plan.rms, False, "", False, saving,
-    )  # fmt: skip
-    qkv = flat.view(*x.shape[:2], 3, plan.heads, -1)
-    out, out_stats = _attend(qkv, (q_weight, q_bias, k_weight, k_bias), plan, saving)
+        x, *norm, qkv_weight, qkv_bias, stats, plan.eps, plan.rms, False, "", False, saving
+    )
+    qkv = flat.view(*x.shape[:2], 3, plan.heads, plan.head_dim)
+    out, out_stats = _attend(qkv, qk_norms, plan, saving)
     y, y_stats = _by(LINEAR_RESIDUAL, plan.linear_residual)(
-        out, proj16, proj_bias16, x, layer_scale, drop_scale, plan.need_stats
+        out, proj_weight, proj_bias, x, *joint, plan.need_stats
     )
     return y, x_hat, spread, qkv, out, out_stats, y_stats if plan.need_stats else None
 
@@ -254,12 +300,19 @@ class _AttentionHalf(torch.autograd.Function):
         ctx, x, stats, norm_weight, norm_bias, qkv_weight, qkv_bias, q_weight, q_bias, k_weight,
         k_bias, proj_weight, proj_bias, layer_scale, drop_scale, plan,
     ):  # fmt: skip
-        qkv16, proj16, bias16 = cast(plan.dtype, qkv_weight, proj_weight, proj_bias)
+        linears = cast(plan.dtype, qkv_weight, qkv_bias, proj_weight, proj_bias)
         norms = (q_weight, q_bias, k_weight, k_bias)
         y, x_hat, spread, qkv, out, out_stats, y_stats = _attention_forward(
-            x, stats, norm_weight, norm_bias, qkv16, qkv_bias, *norms, proj16, bias16,
-            layer_scale, drop_scale, plan, True,
-        )  # fmt: skip
+            x,
+            stats,
+            (norm_weight, norm_bias),
+            linears,
+            norms,
+            (layer_scale, drop_scale),
+            plan,
+            True,
+        )
+        qkv16, _, proj16, bias16 = linears
         if plan.minimal:
             out = out_stats = None
         ctx.save_for_backward(
@@ -322,25 +375,20 @@ class _AttentionHalf(torch.autograd.Function):
 def _mlp_forward(
     x: Tensor,
     stats: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    drop_scale: Tensor | None,
+    norm: Sequence[Tensor | None],
+    linears: Sequence[Any],
+    joint: Sequence[Tensor | None],
     plan: _Plan,
     saving: bool,
 ) -> tuple[Any, ...]:
-    """(y, x_hat, spread, z, statistics of y); the weights are in the dtype of the products."""
-    fc1, bias1, fc2, bias2 = cast(plan.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    """(y, x_hat, spread, z, statistics of y); `linears` are those of fc1 and fc2, as above."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = linears
     hidden, z, x_hat, spread = _by(NORM_LINEAR, plan.norm_linear)(
-        x, norm_weight, norm_bias, fc1, bias1, stats,
+        x, *norm, fc1_weight, fc1_bias, stats,
         plan.eps, plan.rms, False, plan.activation, plan.gated, saving,
     )  # fmt: skip
     y, y_stats = _by(LINEAR_RESIDUAL, plan.linear_residual)(
-        hidden, fc2, bias2, x, layer_scale, drop_scale, plan.need_stats
+        hidden, fc2_weight, fc2_bias, x, *joint, plan.need_stats
     )
     return y, x_hat, spread, z, y_stats if plan.need_stats else None
 
@@ -351,11 +399,11 @@ class _MlpHalf(torch.autograd.Function):
         ctx, x, stats, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         layer_scale, drop_scale, plan,
     ):  # fmt: skip
-        fc1, bias1, fc2, bias2 = cast(plan.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        linears = cast(plan.dtype, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         y, x_hat, spread, z, y_stats = _mlp_forward(
-            x, stats, norm_weight, norm_bias, fc1, bias1, fc2, bias2, layer_scale, drop_scale,
-            plan, True,
-        )  # fmt: skip
+            x, stats, (norm_weight, norm_bias), linears, (layer_scale, drop_scale), plan, True
+        )
+        fc1, bias1, fc2, bias2 = linears
         ctx.save_for_backward(
             x_hat, spread, None if plan.minimal else z, norm_weight, norm_bias, fc1,
             bias1 if plan.minimal else None, fc2, None if layer_scale is None else bias2,

@@ -21,13 +21,14 @@ def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
     """
     if type(module) not in classes:
         return False
+    own = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None  # module.compile()
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None  # module.compile()
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
@@ -35,16 +36,22 @@ def plain(module: nn.Module, *classes: type[M]) -> TypeGuard[M]:
     )
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """``module.<name>``, without a microsecond in nn.Module's look-up."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def plain_linear(layer: nn.Module) -> bool:
     """Whether a fused op may stand in for a linear layer: no quantised or distributed weight."""
-    return plain(layer, nn.Linear) and type(layer.weight) in (nn.Parameter, Tensor)
+    return plain(layer, nn.Linear) and type(parameter(layer, "weight")) in (nn.Parameter, Tensor)
 
 
 def idle(dropout: nn.Module) -> bool:
     """Whether this dropout passes its input on as it is."""
-    if plain(dropout, nn.Dropout):
-        return not (dropout.training and dropout.p)
-    return plain(dropout, nn.Identity)
+    if not plain(dropout, nn.Dropout, nn.Identity):
+        return False
+    return not (dropout.training and type(dropout) is nn.Dropout and dropout.p)
 
 
 class _Norm:
