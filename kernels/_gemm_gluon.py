@@ -38,8 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._configs import tunable
 from ._gemm.activation import activate
-from ._gemm.launch import CHUNK, as_matrix, dense
+from ._gemm.launch import CHUNK, as_matrix, dense, row_statistics
 from ._gemm.portable import chunk_statistics
 from ._launch import capability, cdiv, intercepted, launch, sm_count
 from ._triton import INTERPRET, gluon, tl
@@ -353,14 +354,38 @@ def config(
     and 1,500. Few tiles are taken in turns too: they are half as large, and so occupy more
     multiprocessors.
     """
-    # A part of 64 columns next to one of the residual that is on its way spilled 29 loads.
-    part = 64 if out_bytes == 2 and not (need_pre or residual) else 32
+    part = parts(out_bytes, need_pre, residual)[0]
     short = k <= {"": 500 if residual else 250, "relu": 250, "gelu": 1500}.get(activation, 900)
     few = cdiv(m, 128) * cdiv(n, 256) < processors
-    sharers, rows, cols = (1, 128, 128) if short or few else (2, 64, 256)
+    return shared(1 if short or few else 2, part, out_bytes, need_pre)
+
+
+def parts(out_bytes: int, need_pre: bool, residual: bool) -> tuple[int, ...]:
+    """Columns that the epilogue may hold, the best as predicted first.
+
+    64 next to a part of the residual that is on its way spilled 29 loads.
+    """
+    return (64, 32) if out_bytes == 2 and not (need_pre or residual) else (32,)
+
+
+def shared(sharers: int, part: int, out_bytes: int, need_pre: bool) -> Config:
+    """The config of so many sharers, and as many stages as there is room for."""
+    rows, cols = {1: (128, 128), 2: (64, 256)}[sharers]
     buffers = 4 * rows * part * (out_bytes + 2 * need_pre)
     stage = 2 * DEPTH * (sharers * rows + cols)
     return Config(sharers, rows, cols, part, (SHARED_LIMIT - buffers) // stage)
+
+
+def candidates(out_bytes: int, need_pre: bool, residual: bool) -> list[Config]:
+    """Tiles shared and tiles in turns, with each part."""
+    return [
+        shared(sharers, part, out_bytes, need_pre)
+        for sharers in (1, 2)
+        for part in parts(out_bytes, need_pre, residual)
+    ]
+
+
+GLUON = tunable("gluon", Config)
 
 
 def problem(
@@ -452,15 +477,30 @@ def forward(
         return out, pre
     act = activation or ""
     processors = sm_count(a.device)
-    chosen = config(
-        m,
-        n,
-        k,
-        activation=act,
-        out_bytes=out.element_size(),
-        need_pre=need_pre,
-        residual=residual is not None,
-        processors=processors,
+    out_bytes, summed = out.element_size(), residual is not None
+    chosen = GLUON.pick(
+        config(
+            m,
+            n,
+            k,
+            activation=act,
+            out_bytes=out_bytes,
+            need_pre=need_pre,
+            residual=summed,
+            processors=processors,
+        ),
+        a.device,
+        a.dtype,
+        lambda: candidates(out_bytes, need_pre, summed),
+        lambda: {
+            "m": m,
+            "n": n,
+            "k": k,
+            "act": act,
+            "pre": need_pre,
+            "residual": summed,
+            "wide": out_dtype == torch.float32,
+        },
     )
     rows, cols, part = chosen.rows, chosen.cols, chosen.part
     launch(
@@ -525,7 +565,7 @@ def linear_residual(
 ) -> tuple[Tensor, Tensor]:
     """As ``linear_residual.reference``; a ValueError says why it can't run.
 
-    The statistics take a pass of ATen's over the stream: who wants them takes another kernel.
+    The statistics take a pass over the stream: who wants them takes another kernel.
     """
     a, w, stream = _rows(x), weight.contiguous(), as_matrix(residual).contiguous()
     reason = problem(a, w, residual=stream, out_dtype=stream.dtype)
@@ -543,7 +583,13 @@ def linear_residual(
         need_pre=False,
     )
     y = y.view(residual.shape)
-    stats = (
-        chunk_statistics(y.float(), CHUNK) if need_stats else y.new_empty(0, dtype=torch.float32)
-    )
-    return y, stats
+    return y, statistics(y) if need_stats else y.new_empty(0, dtype=torch.float32)
+
+
+def statistics(y: Tensor) -> Tensor:
+    """[2, C, M] float32: mean and sum of squared differences of each chunk of a row [..., D]."""
+    width = y.shape[-1]
+    if width % CHUNK or y.numel() == 0:
+        return chunk_statistics(y.float(), CHUNK)
+    chunks = row_statistics(y.view(-1, CHUNK)).view(2, -1, width // CHUNK)
+    return chunks.transpose(1, 2).contiguous()

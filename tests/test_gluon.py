@@ -27,10 +27,12 @@ from torch import Tensor
 from benchmarks import _offline
 from vitkern.kernels import REGISTRY
 from vitkern.kernels import _gemm_gluon as gluon_gemm
+from vitkern.kernels._configs import override
 from vitkern.kernels._gemm.activation import ACTIVATIONS
+from vitkern.kernels._gemm.portable import chunk_statistics
 from vitkern.kernels._gemm_gluon import Config, config, forward, problem
 from vitkern.kernels._launch import Launch, intercept
-from vitkern.kernels._triton import gluon
+from vitkern.kernels._triton import INTERPRET, gluon
 
 from .error_budget import assert_within_budget, in_float64
 
@@ -397,15 +399,16 @@ COMPILED = {
 }
 
 
-def compile_for_hopper(label: str) -> dict[str, Any]:
-    """What Triton makes of the launch for one row of COMPILED."""
+def compile_for_hopper(label: str, chosen: Config | None = None) -> dict[str, Any]:
+    """What Triton makes of the launch for one row of COMPILED, with this config in its place."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     m, n, k, dtype, epilogue = COMPILED[label]
     launches: list[Launch] = []
-    with intercept(launches.append, HOPPER):
+    tuned = {} if chosen is None else {"gluon": chosen}
+    with intercept(launches.append, HOPPER), override(tuned):
         forward(**make(m, n, k, dtype, epilogue, device="meta"))
     case: Any = SimpleNamespace(
         op=SimpleNamespace(name="gluon"), size="vit", sample=SimpleNamespace(label=label),
@@ -430,10 +433,23 @@ def compile_for_hopper(label: str) -> dict[str, Any]:
     }
 
 
+# With alternatives that no row above has by itself.
+ALTERNATIVES = {
+    "qkv of B, narrow parts": ("qkv of B", (2, 32, 2, False)),
+    "qkv of B, narrow parts in turns": ("qkv of B", (1, 32, 2, False)),
+    "fc1 of B, training, shared": ("fc1 of B, training", (2, 32, 2, True)),
+    "fc2 of B in turns": ("fc2 of B", (1, 32, 4, False)),
+    "proj of S, shared": ("proj of S", (2, 32, 4, False)),
+}
+
+
 def compile_all() -> None:
     """For a process without the interpreter: a line of JSON a row, among ptxas's own lines."""
     for label in COMPILED:
         print(json.dumps({"label": label, **compile_for_hopper(label)}), flush=True)
+    for label, (row, chosen) in ALTERNATIVES.items():
+        made = compile_for_hopper(row, gluon_gemm.shared(*chosen))
+        print(json.dumps({"label": label, **made}), flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +479,7 @@ def compiled() -> dict[str, dict[str, Any]]:
 
 @needs_gluon
 @pytest.mark.slow
-@pytest.mark.parametrize("label", COMPILED)
+@pytest.mark.parametrize("label", [*COMPILED, *ALTERNATIVES])
 def test_the_code_for_hopper(label: str, compiled: dict[str, dict[str, Any]]) -> None:
     row = compiled[label]
     # Products, copies both ways, and registers passed on, which only specialised warps do.
@@ -521,6 +537,35 @@ def test_stores_are_fenced_in_the_code(label: str, compiled: dict[str, dict[str,
             assert state == "met", line
             state, stores = "", stores + 1
     assert stores == compiled[label]["counts"]["UTMASTG"]
+
+
+@pytest.mark.parametrize("width", [128, 192, 100])
+def test_statistics_are_those_of_chunks(width: int) -> None:
+    stream = torch.randn(2, 9, width) * 3 + 5
+    device = "cpu" if INTERPRET or not torch.cuda.is_available() else "cuda"
+    if device == "cpu" and not INTERPRET and width % 64 == 0:
+        pytest.skip("no kernel on a CPU")
+    made = gluon_gemm.statistics(stream.to(device)).cpu()
+    expected = chunk_statistics(stream.double(), 64)
+    assert (made.shape, made.stride(), made.dtype) == (
+        expected.shape, expected.stride(), torch.float32,
+    )  # fmt: skip
+    torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_alternatives_fit() -> None:
+    for out_bytes, need_pre, residual in itertools.product((2, 4), (False, True), (False, True)):
+        found = gluon_gemm.candidates(out_bytes, need_pre, residual)
+        assert {c.sharers for c in found} == {1, 2}
+        for c in found:
+            assert c.rows * c.cols == 128 * 128
+            assert c.stages >= 3
+            assert c.part * out_bytes <= 128
+        for k in (128, 4096):  # what stands as the default is one of them
+            assert config(
+                50432, 768, k, activation="", out_bytes=out_bytes, need_pre=need_pre,
+                residual=residual, processors=132,
+            ) in found  # fmt: skip
 
 
 def test_configs_fit() -> None:

@@ -24,7 +24,7 @@ from vitkern.kernels._configs import record
 from vitkern.kernels._launch import intercept
 from vitkern.kernels._norm import forward_candidates, forward_config
 from vitkern.kernels._op import Op, choose
-from vitkern.kernels._triton import INTERPRET
+from vitkern.kernels._triton import INTERPRET, gluon
 
 LAYER_NORM, LAYER_NORM_BACKWARD = REGISTRY["layer_norm"], REGISTRY["layer_norm_backward"]
 CPU = torch.device("cpu")
@@ -554,9 +554,14 @@ def cache_misses() -> dict[str, int]:
 
     driver.set_active(Card())
     folder, found = Path(os.environ["TRITON_CACHE_DIR"]), {}
-    for label in ("ln 128x197x768", "gelu 64x197x768 -> 3072 saved"):
-        op = "layer_norm" if label.startswith("ln") else "linear_act"
-        place = places.Place(op, "triton", "vit", label, "bfloat16")
+    for label in (
+        "ln 128x197x768",
+        "gelu 64x197x768 -> 3072 saved",
+        "64x197x768 -> 768 statistics",
+    ):
+        op = {"ln": "layer_norm", "gelu": "linear_act"}.get(label.split()[0], "linear_residual")
+        impl = "gluon" if op == "linear_residual" and gluon().missing is None else "triton"
+        place = places.Place(op, impl, "vit", label, "bfloat16")
         for question, launches in places.looked_at(place, (9, 0), 132, {}):
             assert configs.compiled(place, (9, 0), 132, question.key, question.default) == []
             before = set(folder.iterdir())
@@ -572,7 +577,8 @@ def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path: Path) -> None:
     variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     with Worker(variables) as worker:
         found = worker.ask(cache_misses, timeout=120)
-    assert found == {"_norm_forward_kernel": 0, "persistent_forward_kernel": 0}
+    gemm = {} if gluon().missing else {"gemm_kernel": 0, "statistics_kernel": 0}
+    assert found == {"_norm_forward_kernel": 0, "persistent_forward_kernel": 0, **gemm}
 
 
 def test_the_whole_stage_in_processes_of_its_own(

@@ -109,7 +109,9 @@ class SmallCall:
     def run(self, arguments: dict[str, Any], handle: Callable[[Launch], None]) -> Any:
         """Call the launcher, whose launches go to `handle`: ``Launch.run`` to have them done."""
         with self._on_its_card(handle):
-            return launchers(REGISTRY[self.op], self.arch)[self.impl](**arguments)
+            return places.launchers(REGISTRY[self.op], divmod(self.arch, 10))[self.impl](
+                **arguments
+            )
 
     @contextmanager
     def _on_its_card(self, handle: Callable[[Launch], None]) -> Iterator[None]:
@@ -149,12 +151,6 @@ def step_cases(ops: Iterable[Op], arch: int) -> list[Case]:
     """The calls of the models' training and inference, with many images."""
     found = places.of_steps(ops, places.STAGES[0], *card(arch))
     return [replace(p.case(), size=STEP) for p in found if p.impl == "triton"]
-
-
-def launchers(op: Op, arch: int) -> dict[str, Callable[..., Any]]:
-    """Those of all of our kernels, Gluon's among them where they can run."""
-    gluon = {name: f for name, f in op.kernel_peers.items() if name == "gluon" and arch == 90}
-    return {**op.launchers, **gluon}
 
 
 def shrunk(sample: Sample, images: int | None, tokens: int | None) -> Sample:
@@ -213,7 +209,7 @@ def plain(found: Iterable[Case], arch: int, processors: int) -> Iterator[tuple[S
     """The calls of these cases as they are, by every launcher, with TF32 and without."""
     for case in found:
         for precision in ("highest", "high") if case.dtype == torch.float32 else ("highest",):
-            for impl in launchers(case.op, arch):
+            for impl in places.launchers(case.op, divmod(arch, 10)):
                 yield (
                     SmallCall(
                         case.op.name, impl, case.size, case.sample.label, dtype_name(case.dtype),

@@ -74,7 +74,9 @@ def compiled(
         if question.key != key:
             continue
         for launch in launches:
-            row = _offline.compile_job(as_launched(_offline.make_job(place.case(), launch, arch)))
+            job = as_launched(_offline.make_job(place.case(), launch, arch))
+            in_gluon = getattr(launch.kernel, "is_gluon", bool)()
+            row = compile_gluon(job) if in_gluon else _offline.compile_job(job)
             if "error" in row:
                 problems.append(row["error"])
             elif row["spill_bytes"]:
@@ -98,6 +100,25 @@ def as_launched(job: _offline.Job) -> _offline.Job:
     backend = _offline._backend(job.arch)
     _, signature, constexprs, attrs = pack(backend, given, bound, specialised, options)
     return replace(job, signature=signature, constexprs=constexprs, attrs=attrs)
+
+
+def compile_gluon(job: _offline.Job) -> Row:
+    """Compile a kernel in Gluon; none of its configs spills (tests/test_gluon.py)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    try:
+        compiled = triton.compile(
+            GluonASTSource(job.launch.kernel, job.signature, job.constexprs, job.attrs),
+            target=GPUTarget("cuda", job.arch, 32),
+            options=_offline._backend(job.arch)
+            .parse_options(_offline._options(job.launch))
+            .__dict__,
+        )
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"spill_bytes": 0, "shared_bytes": int(compiled.metadata.shared)}
 
 
 class Bench:

@@ -23,6 +23,7 @@ from vitkern.kernels import REGISTRY
 from vitkern.kernels._configs import Asked, override, record
 from vitkern.kernels._launch import Launch, intercept
 from vitkern.kernels._op import Arg, Op, Sample, dtype_name
+from vitkern.kernels._triton import gluon
 from vitkern.kernels._tuned import Key, dtype_of
 
 from .._cases import Case, cases
@@ -223,7 +224,8 @@ class Place:
 
     def launcher(self) -> Any:
         """What launches the kernels."""
-        return REGISTRY[self.op].launchers[self.impl]
+        op = REGISTRY[self.op]
+        return {**op.launchers, **op.kernel_peers}[self.impl]
 
 
 def looked_at(
@@ -270,8 +272,15 @@ def of_steps(
                         )
                         own[call] = replace(place, worth=count * seconds(place.case()))
             found += sorted(own.values(), key=lambda place: -place.worth)
-    everywhere = [replace(p, impl=impl) for p in found for impl in REGISTRY[p.op].launchers]
+    everywhere = [replace(p, impl=i) for p in found for i in launchers(REGISTRY[p.op], target)]
     return sorted(everywhere, key=lambda place: place.impl != "triton")
+
+
+def launchers(op: Op, target: tuple[int, int]) -> dict[str, Any]:
+    """Those of all of our kernels, Gluon's among them where they can run."""
+    absent = gluon().missing is not None or target != (9, 0)
+    peers = op.kernel_peers.items()
+    return op.launchers | {name: f for name, f in peers if name == "gluon" and not absent}
 
 
 @dataclass(frozen=True)
