@@ -117,10 +117,31 @@ def _sigmoid(z):
 
 
 @jit
+def _above(a):
+    """How often a standard normal value exceeds a >= 0: erfc(a / sqrt(2)) / 2.
+
+    Its logarithm is so smooth that a polynomial of degree 8 has it: 10 instructions with the power
+    of two, where erf takes 29. GELU comes out twice as near to float64 as PyTorch's in float32 (of
+    normal values 2.9e-8 against 6.2e-8; derivatives 4.6e-8 against 1.0e-7). The coefficients make
+    the largest error, times a + 1/2, least; the first is negative, so that all ends at 0.
+    """
+    q = -2.1600499e-06 * a + 3.1401076e-05
+    q = q * a - 1.4880736e-04
+    q = q * a - 2.2595169e-04
+    q = q * a + 7.1782721e-03
+    q = q * a - 5.2575167e-02
+    q = q * a - 4.5918179e-01
+    q = q * a - 1.1511086e00
+    q = q * a - 9.9999994e-01
+    return tl.exp2(q)
+
+
+@jit
 def activate(z, ACT: tl.constexpr):
     """act(z) of a float32 tile."""
     if ACT == "gelu":
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+        a = tl.abs(z)
+        return tl.maximum(z, 0.0) - a * _above(a)
     elif ACT == "gelu_tanh":  # 1 + tanh(u) is 2 sigmoid(2 u)
         return z * _sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     elif ACT == "quick_gelu":
@@ -138,8 +159,11 @@ def derive(z, ACT: tl.constexpr):
     """(act(z), act'(z)) of a float32 tile; they share the costly part."""
     # 1 - sigmoid(u) is written sigmoid(-u): the difference would lose its digits at large u.
     if ACT == "gelu":
-        half = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-        return z * half, half + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+        a = tl.abs(z)
+        above = _above(a)
+        below = tl.where(z < 0.0, above, 1.0 - above)
+        density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)
+        return tl.maximum(z, 0.0) - a * above, below + z * density
     elif ACT == "gelu_tanh":
         u = 1.5957691216057308 * (z + 0.044715 * z * z * z)
         s = _sigmoid(u)
