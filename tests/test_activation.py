@@ -1,4 +1,4 @@
-"""GELU in registers is made of its own polynomial: here it is held against float64 and PyTorch's."""
+"""GELU in registers is a polynomial of ours: here it is held against float64 and PyTorch's."""
 
 # Triton has no types to give its kernels:
 # mypy: allow-untyped-defs
