@@ -54,9 +54,6 @@ class Work:
     prologue: str = ""
     pair: bool = False  # two products share the tile
     tma: bool = False  # both operands can come by TMA, and be multiplied as they come
-    # No register is left beside the largest tile: float32 tokens are normalised in the prologue,
-    # and z is stored next to its activation.
-    crowded: bool = False
 
 
 def work(
@@ -65,14 +62,12 @@ def work(
     prologue: str = "",
     pair: bool = False,
     tma: bool = False,
-    crowded: bool = False,
 ) -> Work:
     """The work on a product with `weight`, of rows of `others`."""
     sizes = [*weight.shape, *(t.stride(0) for t in others if t is not None)]
     aligned = all(size % 16 == 0 for size in sizes)
     device = weight.device
-    target, sms = capability(device), sm_count(device)
-    return Work(weight.dtype, target, sms, aligned, prologue, pair, tma, crowded)
+    return Work(weight.dtype, capability(device), sm_count(device), aligned, prologue, pair, tma)
 
 
 def product_config(rows: int, columns: int, work: Work) -> ProductConfig:
@@ -100,10 +95,6 @@ def product_config(rows: int, columns: int, work: Work) -> ProductConfig:
     # in the prologue leaves no registers for them.
     if columns % 256 or work.prologue == "slope":
         return ProductConfig(128, 128, 64, 8, 3, parts=2)
-    if (
-        work.crowded
-    ):  # in steps of 64 it spills 8 bytes (Triton 3.6), in these it takes 226 registers
-        return ProductConfig(128, 256, 32, 8, 4, parts=4)
     return ProductConfig(128, 256, 64, 8, 3, parts=4)
 
 
@@ -138,10 +129,7 @@ def product_candidates(work: Work) -> list[ProductConfig]:
         return [config for config in ordinary if config.block_k <= deep]
     wide = ProductConfig(128, 256, 64, 8, 3, parts=4)
     ordinary += [square, replace(square, num_stages=4)]
-    if work.crowded:
-        wide = ProductConfig(128, 256, 32, 8, 4, parts=4)
-        ordinary += variants(wide, {}, {"num_stages": 3}, {"group": 4}, {"group": 16})
-    elif work.prologue != "slope":
+    if work.prologue != "slope":
         ordinary += variants(
             wide, {}, {"block_k": 32, "num_stages": 4}, {"group": 4}, {"group": 16}
         )
@@ -239,8 +227,8 @@ def norm_finish_candidates(width: int, params: bool) -> list[NormFinishConfig]:
     """Other rows; and where there is a weight to finish, other shapes of its steps.
 
     With 16 values of the weight a thread 4 warps would spill two registers, as 8 do with 256 rows
-    at once (Triton 3.8). Few tokens
-    wait for the columns: of 768, in steps of 32, only 24 programs take a part.
+    at once (Triton 3.8). Few tokens wait for the columns: of 768, in steps of 32, only 24 programs
+    take a part.
     """
     found = [
         NormFinishConfig(c.rows, c.block_k, c.num_warps, min(64, 8 * c.num_warps))

@@ -134,9 +134,7 @@ def forward(
     weight = weight.contiguous()
     tma = not (normed or gated) and persistent.suits(a, weight)
     prologue = "norm" if normed else ""
-    cast = a.dtype != weight.dtype
-    crowded = normed and cast and pre is not None
-    this = work(weight, a, stream, prologue=prologue, pair=gated, tma=tma, crowded=crowded)
+    this = work(weight, a, stream, prologue=prologue, pair=gated, tma=tma)
     config = FORWARD.pick(
         product_config(rows, features, this),
         weight.device,
@@ -149,7 +147,7 @@ def forward(
             "act": activation,
             "gated": gated,
             "prologue": prologue,
-            "cast": cast,
+            "cast": a.dtype != weight.dtype,
             "saved": x_hat is not None,
             "pre": pre is not None,
             "residual": stream is not None,
