@@ -379,6 +379,39 @@ def test_whatever_a_model_chooses_is_measured(
     assert asked == measured
 
 
+@pytest.mark.skipif(not INTERPRET, reason="the ops have no kernels on a CPU")
+@pytest.mark.parametrize("statistics", [True, False])
+def test_who_leaves_no_statistics_pays_for_them(
+    statistics: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, bool] = {}
+    names = {run: name for name, run in REGISTRY["linear_residual"].implementations.items()}
+
+    def seconds_of(case: Any, run: Any, arguments: dict[str, Any], timer: Any) -> float:
+        asked[names[run]] = arguments["need_stats"]
+        return 2.0
+
+    class Card:  # a CPU that passes for one
+        device = type("Device", (), {"type": "cuda"})
+
+        def __call__(self, run: Callable[[], Any]) -> _measure.Stats:
+            return _measure.Stats(1.0 if run().shape == (2, 1, 10) else 0.0, 0, 0, 1)
+
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    pay = tune.statistics_seconds
+    monkeypatch.setattr(tune, "statistics_seconds", lambda given, _: pay(given, Card()))
+    samples = REGISTRY["linear_residual"].samples("tiny")
+    sample = next(s for s in samples if s.args["residual"].shape == (2, 5, 16))
+    sample = replace(sample, options={"need_stats": statistics})
+    case = _cases.Case(REGISTRY["linear_residual"], "tiny", sample, torch.float32)
+    draft = tune.Draft(tmp_path / "cpu.json", CPU)
+    tune.tune_case(case, draft, _measure.Timer(CPU), lambda *_: None)
+    (entry,) = draft.entries
+    (measured,) = entry["cases"].values()
+    assert measured["seconds"] == {"triton": 2.0, "cublas": 2.0, "torch": 2.0 + statistics}
+    assert asked == {"triton": statistics, "cublas": statistics, "torch": False}
+
+
 @pytest.mark.parametrize("name", ["norm_linear", "linear_residual"])
 def test_a_float32_stream_has_entries_of_its_own(name: str) -> None:
     found = set()
