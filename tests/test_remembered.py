@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -57,6 +56,19 @@ def fc2(block: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(x, block.mlp.fc2.weight, block.mlp.fc2.bias)
 
 
+def double_grad(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return tuple(2 * g for g in inputs)
+
+
+def double_grads(module: nn.Module, outputs: Any) -> Any:
+    return tuple(2 * g for g in outputs)
+
+
+def of_zeros(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """A compiler whose code can be told from what it compiled."""
+    return lambda *given: tuple(0 * t for t in graph(*given))
+
+
 def no_scale(block: Any) -> None:
     block.ls1 = block.ls2 = nn.Identity()
 
@@ -64,7 +76,9 @@ def no_scale(block: Any) -> None:
 LATER: dict[str, Callable[[Any], Any]] = {
     **{name: change for name, (change, _) in CHANGES.items() if name != "dropout"},
     "a hook that changes": lambda b: b.mlp.fc2.register_forward_hook(lambda *a: 2 * a[-1]),
-    "a hook of autograd": lambda b: b.attn.register_full_backward_hook(lambda *_: None),
+    "a hook of autograd": lambda b: b.attn.register_full_backward_hook(double_grad),
+    "a hook before autograd": lambda b: b.mlp.register_full_backward_pre_hook(double_grads),
+    "a hook before": lambda b: b.attn.qkv.register_forward_pre_hook(lambda _, given: 2 * given[0]),
     "forward replaced": lambda b: setattr(b.mlp.fc2, "forward", lambda x: b.mlp.act(fc2(b, x))),
     "parametrised": lambda b: parametrize.register_parametrization(b.attn.qkv, "weight", Doubled()),
     "pruned": lambda b: prune.l1_unstructured(b.mlp.fc1, "weight", 0.5),
@@ -73,12 +87,17 @@ LATER: dict[str, Callable[[Any], Any]] = {
     "another eps": lambda b: setattr(b.norm1, "eps", 0.5),
     "another save": lambda b: setattr(b, "save", "minimal"),
     "another impl": lambda b: b.impl.update(attention="reference"),
+    "compiled": lambda b: b.mlp.compile(backend=of_zeros),
     "both adapted": both_adapted,
     "no LayerScale": no_scale,
     "fewer heads": lambda b: setattr(b.attn, "num_heads", 1),
     "another activation": lambda b: setattr(b.mlp, "act", nn.ReLU()),
     "double": lambda b: b.double(),
 }
+
+
+# Hooks that return nothing, and what makes another way to the same numbers.
+UNSEEN = {name for name in CHANGES if "hooked" in name} | {"mlp compiled", "another save"}
 
 
 @pytest.mark.parametrize("name", LATER)
@@ -97,9 +116,24 @@ def test_a_change_after_a_call_is_as_one_before(name: str, monkeypatch: pytest.M
         return outcome(block, x, GRAD)
 
     expected, found = changed(False), changed(True)
+    if name not in UNSEEN:
+        before = outcome(make_block(dict(EAGER), init_values=1.0, save="balanced"), X, GRAD)
+        assert not all(torch.equal(found[key], before[key]) for key in ("y", "x"))
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+def test_a_hook_on_all_modules_is_called_in_the_calls_after_it() -> None:
+    block = make_block(dict(EAGER), save="balanced")
+    expected, called = block(X), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(m))
+    try:
+        torch.testing.assert_close(block(X), expected)
+    finally:
+        handle.remove()
+    assert {block.attn.qkv, block.mlp.fc2, block.norm1} <= set(called)
+    assert torch.equal(block(X), expected)
 
 
 @interpreted
@@ -173,9 +207,8 @@ def test_explain_tells_of_calls_that_were_decided_before() -> None:
 def test_a_symbolic_trace_may_follow_a_call() -> None:
     block = make_block("auto").requires_grad_(False)
     block(X)
-    call, parameters = partial(torch.func.functional_call, block), dict(block.named_parameters())
-    graph = make_fx(call, tracing_mode="symbolic")(parameters, X)
-    torch.testing.assert_close(graph(parameters, X[:, :4]), block(X[:, :4]))
+    graph = make_fx(block, tracing_mode="symbolic", _allow_non_fake_inputs=True)(X)
+    torch.testing.assert_close(graph(X[:, :4]), block(X[:, :4]))
 
 
 # `remembered` itself
@@ -230,6 +263,7 @@ def test_equal_looks_are_asked_about_once(gpu: None) -> None:
     with torch.no_grad():
         remembered(asked, (X, w, None))
     assert asked.count == 7
+    assert remembered(len, (X, w, None)) == 3
 
 
 def test_a_table_is_asked_again(gpu: None) -> None:
