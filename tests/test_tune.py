@@ -17,7 +17,7 @@ import vitkern
 from benchmarks import _cases, _measure, _offline, tune
 from benchmarks.__main__ import main
 from benchmarks._workers import Died, Raised, Worker
-from benchmarks.tune import configs, places
+from benchmarks.tune import ahead, configs, places
 from vitkern import kernels
 from vitkern.kernels import REGISTRY, _op, _tuned, _verified
 from vitkern.kernels._configs import record
@@ -596,7 +596,7 @@ def cache_misses() -> dict[str, int]:
         impl = "gluon" if op == "linear_residual" and gluon().missing is None else "triton"
         place = places.Place(op, impl, "vit", label, "bfloat16")
         for question, launches in places.looked_at(place, (9, 0), 132, {}):
-            assert configs.compiled(place, (9, 0), 132, question.key, question.default) == []
+            assert ahead.compiled(place, (9, 0), 132, question.key, question.default) == []
             before = set(folder.iterdir())
             for launch in launches:
                 launch.kernel.warmup(

@@ -15,12 +15,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as OutOfTime
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,9 +31,9 @@ from vitkern.kernels._error_budget import as_tuple, in_float64, parity
 from vitkern.kernels._op import Op, dtype_name
 from vitkern.kernels._tuned import Key
 
-from .. import _offline
 from .._measure import Stats, Timer
 from .._workers import Died, Raised, Worker
+from .ahead import Compiler
 from .places import STAGES, Place, looked_at, of_samples, of_steps
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ SLOWER = 1.2  # times the default's seconds: what short timings show as far behi
 WIN = 0.02  # of the seconds; a smaller gain isn't worth an entry
 TIMEOUT = 90.0  # seconds for a process to start, and to make a call's arguments and reference
 ANSWER_TIMEOUT = 20.0  # for what comes after that
-COMPILE_TIMEOUT = 60.0
 AS_WRONG = 1.1  # times the default's error, where that is beyond the budget
 LOST = 4  # processes in a row that ended: then the GPU, or all of it, is broken
 
@@ -59,66 +57,6 @@ def describe(device: str) -> tuple[tuple[int, int], int]:
         torch.empty(1, device=where)
         where = torch.device("cuda", torch.cuda.current_device())
     return _launch.capability(where), _launch.sm_count(where)
-
-
-def compiled(
-    place: Place, target: tuple[int, int], processors: int, key: Key, config: Any
-) -> list[str]:
-    """Compile a kernel with this config for a card that isn't needed; why it is of no use."""
-    arch = 10 * target[0] + target[1]
-    processor = _offline.MULTIPROCESSORS.get(arch)
-    if processor is None:
-        return []
-    problems: list[str] = []
-    for question, launches in looked_at(place, target, processors, {key: config}):
-        if question.key != key:
-            continue
-        for launch in launches:
-            job = as_launched(_offline.make_job(place.case(), launch, arch))
-            in_gluon = getattr(launch.kernel, "is_gluon", bool)()
-            row = compile_gluon(job) if in_gluon else _offline.compile_job(job)
-            if "error" in row:
-                problems.append(row["error"])
-            elif row["spill_bytes"]:
-                problems.append(f"spills {row['spill_bytes']} bytes")
-            elif row["shared_bytes"] > processor.shared_limit:
-                problems.append(f"shared memory: {row['shared_bytes']} bytes")
-    return problems
-
-
-def as_launched(job: _offline.Job) -> _offline.Job:
-    """The job in Triton's own words for a launch, without which it would be compiled once more.
-
-    They differ from release to release in what means nothing, and is part of the cache's key.
-    """
-    pack = getattr(job.launch.kernel, "_pack_args", None)  # of Triton 3.5 and later
-    if pack is None:
-        return job
-    kernel, launch = job.launch.kernel, job.launch
-    given = {**launch.constexprs, **_offline._options(launch)}
-    bound, specialised, options = _offline._binder(kernel, job.arch)(*launch.args, **given)
-    backend = _offline._backend(job.arch)
-    _, signature, constexprs, attrs = pack(backend, given, bound, specialised, options)
-    return replace(job, signature=signature, constexprs=constexprs, attrs=attrs)
-
-
-def compile_gluon(job: _offline.Job) -> Row:
-    """Compile a kernel in Gluon; none of its configs spills (tests/test_gluon.py)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    try:
-        compiled = triton.compile(
-            GluonASTSource(job.launch.kernel, job.signature, job.constexprs, job.attrs),
-            target=GPUTarget("cuda", job.arch, 32),
-            options=_offline._backend(job.arch)
-            .parse_options(_offline._options(job.launch))
-            .__dict__,
-        )
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    return {"spill_bytes": 0, "shared_bytes": int(compiled.metadata.shared)}
 
 
 class Bench:
@@ -235,7 +173,7 @@ class Tuner:
     device: str
     end: float
     worker: Worker
-    compiler: "Compiler"
+    compiler: Compiler
     add: Callable[[Row], None]
     fail: Callable[[str, Any], None]
     target: tuple[int, int] = (0, 0)
@@ -377,7 +315,7 @@ class Question:
     key: Key
     default: Any
     others: list[Any]
-    compiler: "Compiler"
+    compiler: Compiler
     compiled: "dict[Any, Future[list[str]]]" = field(default_factory=dict)
 
     def compile(self, target: tuple[int, int], processors: int) -> None:
@@ -386,36 +324,6 @@ class Question:
             future = self.compiler.submit(self.place, target, processors, self.key, config)
             if config != self.default:
                 self.compiled[config] = future
-
-
-class Compiler:
-    """Processes without a GPU, each behind a thread, that compile what is submitted, in order."""
-
-    def __init__(self, processes: int) -> None:
-        # A compiler compiles, whatever this process does with kernels, and leaves the GPU alone.
-        variables = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self.workers = [Worker(variables) for _ in range(processes)]
-        self.idle: SimpleQueue[Worker] = SimpleQueue()
-        for worker in self.workers:
-            self.idle.put(worker)
-        self.threads = ThreadPoolExecutor(processes)
-
-    def submit(self, *arguments: Any) -> "Future[list[str]]":
-        """Have `compiled` called with these arguments."""
-        return self.threads.submit(self._run, *arguments)
-
-    def _run(self, *arguments: Any) -> list[str]:
-        worker = self.idle.get()
-        try:
-            return worker.ask(compiled, *arguments, timeout=COMPILE_TIMEOUT)
-        finally:
-            self.idle.put(worker)
-
-    def close(self) -> None:
-        """End the processes; what was not begun is dropped."""
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self.workers:
-            worker.close()
 
 
 def known(draft: "Draft") -> dict[Key, Any]:
