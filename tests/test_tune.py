@@ -243,8 +243,18 @@ def of_large(label: str) -> bool:
 
 def test_the_places_of_steps_are_launched_in_order() -> None:
     found = places.of_steps(REGISTRY.values(), TRAIN, *CARD)
-    kinds = [(p.impl != "triton", of_large(p.label), -p.worth) for p in found]
+    longest = {large: max(p.worth for p in found if of_large(p.label) == large) for large in (0, 1)}
+    kinds = [
+        (
+            place.worth < places.TRIFLE * longest[of_large(place.label)],
+            place.impl != "triton",
+            of_large(place.label),
+            -place.worth,
+        )
+        for place in found
+    ]
     assert kinds == sorted(kinds)
+    assert len({kind[:3] for kind in kinds}) == 8
     assert len({str(place) for place in found}) == len(found)
     for place in found:
         asked = places.looked_at(place, *CARD, {})

@@ -4,8 +4,8 @@ First come the calls that ViT-B/16 and L/16 make under autocast to bfloat16: tho
 step and of inference with 256 images, then of inference with 1 and with 32. Nobody lists them: the
 models run, on tensors that nothing is written to, and what they call is taken down, so that nothing
 can be forgotten. Then come all other samples of real models. A run may be cut off after a minute:
-so B/16 comes before L/16, what `auto` takes before its rivals, and what takes long, as predicted,
-before the rest.
+so trifles come last, B/16 before L/16, what `auto` takes before its rivals, and what takes long, as
+predicted, before the rest.
 """
 
 import inspect
@@ -36,6 +36,8 @@ Batches: TypeAlias = Iterable[tuple[int, bool]]
 
 # Blocks: the first, the last, the one before that, and one that stands for all others.
 DEPTH = 4
+
+TRIFLE = 0.01  # of what a model's longest call takes
 
 # Of an H100's data sheet, at what products and copies usually reach of it: these only order calls.
 FLOPS_PER_S, BYTES_PER_S = 700e12, 2.8e12
@@ -259,7 +261,7 @@ def of_steps(
     ops: Iterable[Op], batches: Batches, target: tuple[int, int], processors: int
 ) -> list[Place]:
     """The calls of the models' steps with these batches on such a card, in the order said above."""
-    names, found = {op.name for op in ops}, list[Place]()
+    names, found = {op.name for op in ops}, list[tuple[bool, Place]]()
     with intercept(lambda launch: None, target, processors):
         for each in steps(batches):
             own = dict[Call, Place]()
@@ -271,9 +273,14 @@ def of_steps(
                             call.op, "triton", "vit", sample.label, "bfloat16", 0.0, sample
                         )
                         own[call] = replace(place, worth=count * seconds(place.case()))
-            found += sorted(own.values(), key=lambda place: -place.worth)
-    everywhere = [replace(p, impl=i) for p in found for i in launchers(REGISTRY[p.op], target)]
-    return sorted(everywhere, key=lambda place: place.impl != "triton")
+            ordered = sorted(own.values(), key=lambda place: -place.worth)
+            found += [(place.worth < TRIFLE * ordered[0].worth, place) for place in ordered]
+    everywhere = [
+        (trifle, impl != "triton", replace(place, impl=impl))
+        for trifle, place in found
+        for impl in launchers(REGISTRY[place.op], target)
+    ]
+    return [place for *_, place in sorted(everywhere, key=lambda one: one[:2])]
 
 
 def launchers(op: Op, target: tuple[int, int]) -> dict[str, Any]:
