@@ -263,10 +263,10 @@ class TileConfig:
 class SplitConfig(TileConfig):
     """Tile of a weight's gradient, a sum over tokens in steps of block_m.
 
-    programs: that a multiprocessor has room for.
+    programs: split it for one wave of so many a multiprocessor; 0: as `split` predicts to be best.
     """
 
-    programs: int = 2
+    programs: int = 0
 
 
 @lru_cache(4096)
@@ -276,19 +276,21 @@ def split(
     """(into how many parts the sum over `rows` tokens is split, steps of each part).
 
     Programs come in waves, and one that is hardly begun takes as long as a full one: the 144 tiles
-    of B/16's fc1 on 132 multiprocessors with room for two programs each, unsplit, leave 45 % of
-    their time unused; in 6 parts 7 %. But each part is written, and read, in float32. Parts of
-    four steps at least.
+    of B/16's fc1 on 132 multiprocessors, unsplit, leave 45 % of their time unused; in 6 parts 7 %.
+    But each part is written, and read, in float32. Parts of four steps at least.
     """
-    whole, slots = cdiv(rows, config.block_m), config.programs * processors
-    part = (PART_COST if dtype != torch.float32 else PART_COST / 15) / config.block_m
+    whole = cdiv(rows, config.block_m)
     best, least = 1, math.inf
-    for parts in range(1, max(1, min(whole // 4, MOST_PARTS)) + 1):
-        full, rest = divmod(tiles * parts, slots)
-        steps = (full * config.programs + cdiv(rest, processors)) * cdiv(whole, parts)
-        cost = steps + part * tiles * parts / processors
-        if cost < least:
-            best, least = parts, cost
+    if config.programs:
+        best = max(1, min(config.programs * processors // tiles, whole // 4))
+    else:
+        part = (PART_COST if dtype != torch.float32 else PART_COST / 15) / config.block_m
+        for parts in range(1, max(1, min(whole // 4, MOST_PARTS)) + 1):
+            # Programs that share a multiprocessor take as long as one after the other.
+            steps = cdiv(tiles * parts, processors) * cdiv(whole, parts)
+            cost = steps + part * tiles * parts / processors
+            if cost < least:
+                best, least = parts, cost
     steps = cdiv(whole, best)
     return (cdiv(whole, steps) if whole else 0), steps
 

@@ -286,6 +286,13 @@ def norm_finish_kernel(
 
 
 @jit
+def _split(partial, split, SPLITS, size, place, mask):
+    """What lies at `place` in one of the splits; zeros behind the last."""
+    there = mask & (split < SPLITS)
+    return tl.load(partial + tl.cast(split, tl.int64) * size + place, mask=there, other=0.0)
+
+
+@jit
 def _finish_columns(
     partial,
     bias_partial,
@@ -316,14 +323,23 @@ def _finish_columns(
         n_mask = n < N
         mask = n_mask[:, None] & k_mask[None, :]
         place = n.to(tl.int64)[:, None] * K + k[None, :]
+        if d_norm is not None:  # before the sums: its way from memory is a long one, too
+            w = tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
         total_bias = tl.zeros([BLOCK_R], dtype=tl.float32)
-        for split in range(SPLITS):
-            row = partial + tl.cast(split, tl.int64) * N * K
-            total += tl.load(row + place, mask=mask, other=0.0)
-            total_bias += tl.load(bias_partial + split * N + n, mask=n_mask, other=0.0)
+        # These programs are few and wait for memory: four splits at a time are on their way.
+        for split in range(0, SPLITS, 4):
+            first = _split(partial, split, SPLITS, N * K, place, mask)
+            second = _split(partial, split + 1, SPLITS, N * K, place, mask)
+            third = _split(partial, split + 2, SPLITS, N * K, place, mask)
+            fourth = _split(partial, split + 3, SPLITS, N * K, place, mask)
+            of_bias = _split(bias_partial, split, SPLITS, N, n, n_mask)
+            of_bias += _split(bias_partial, split + 1, SPLITS, N, n, n_mask)
+            of_bias += _split(bias_partial, split + 2, SPLITS, N, n, n_mask)
+            of_bias += _split(bias_partial, split + 3, SPLITS, N, n, n_mask)
+            total += (first + second) + (third + fourth)
+            total_bias += of_bias
         if d_norm is not None:
-            w = tl.load(weight + place, mask=mask, other=0.0).to(tl.float32)
             of_gain += total * w
             of_shift += total_bias[:, None] * w
         whole = total * gain[None, :] + total_bias[:, None] * shift[None, :]

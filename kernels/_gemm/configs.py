@@ -86,7 +86,9 @@ def product_config(rows: int, columns: int, work: Work) -> ProductConfig:
         return ProductConfig(64, 64, 32, 8, 2)
     # Few tokens: more, smaller programs.
     if cdiv(rows, 128) * cdiv(columns, 128) < 2 * work.sms:
-        return ProductConfig(64, 64, 32 if work.prologue == "slope" else 64, 4, 3)
+        if work.prologue == "slope":  # with three stages a register of 96 spills on sm_80
+            return ProductConfig(64, 64, 32, 4, 4)
+        return ProductConfig(64, 64, 64, 4, 3)
     if work.pair:  # two accumulators
         return ProductConfig(128, 64, 32, 8, 3)
     if work.target < (9, 0):
@@ -146,40 +148,46 @@ def product_candidates(work: Work) -> list[ProductConfig]:
     ]
 
 
-def weight_grad_config(features: int, width: int, dtype: torch.dtype) -> SplitConfig:
+def weight_grad_config(
+    features: int, width: int, dtype: torch.dtype, target: tuple[int, int]
+) -> SplitConfig:
     """Tiles of [features, tokens] x [tokens, width]; block_m is the step over tokens.
 
-    The output is small and the tokens are many: they are split, for one wave of two programs a
-    multiprocessor.
+    Both operands come from L2 for every tile: 128 x 256 of them read three quarters of what 128 x
+    128 do. Either leaves room for one program on a multiprocessor.
     """
     if dtype == torch.float32:
         return SplitConfig(32, fit(64, features), fit(64, width), 8, 2)
+    if target >= (9, 0):
+        if width % 256 == 0 and features >= 128:
+            return SplitConfig(64, 128, 256, 8, 3)
+        if features % 256 == 0 and width >= 128:
+            return SplitConfig(64, 256, 128, 8, 3)
     return SplitConfig(64, fit(128, features), fit(128, width), 8, 3)
 
 
-def weight_grad_candidates(features: int, width: int, dtype: torch.dtype) -> list[SplitConfig]:
+def weight_grad_candidates(
+    features: int, width: int, dtype: torch.dtype, target: tuple[int, int]
+) -> list[SplitConfig]:
     """Alternatives, which cover what the default does: no tile is beyond the matrix."""
-    default = weight_grad_config(features, width, dtype)
+    default = weight_grad_config(features, width, dtype, target)
     if dtype == torch.float32:
         return variants(default, {"programs": 1}, {"programs": 4}, {"num_warps": 4})
-    found = variants(
-        default,
-        *({"programs": n} for n in (1, 3, 4)),
-        {"num_stages": 4},
-        {"num_stages": 4, "programs": 1},
-        {"block_m": 32, "num_stages": 4},
-        {"block_m": 128, "num_stages": 2, "programs": 1},
-    )
-    if default.block_k == 128 and width % 256 == 0:
-        found += variants(default, *({"block_k": 256, "programs": n} for n in (1, 2)))
-    if default.block_n == 128 and features % 256 == 0:
-        found += variants(default, {"block_n": 256, "programs": 1})
-    if default.block_k == 128:
-        found += variants(
-            default, *({"block_k": 64, "num_warps": 4, "programs": n} for n in (2, 4))
-        )
-    if default.block_n == 128:
-        found += variants(default, {"block_n": 64, "num_warps": 4, "programs": 4})
+    square = SplitConfig(64, fit(128, features), fit(128, width), 8, 3)
+    found = [
+        *variants(default, *({"programs": n} for n in (1, 2, 4))),
+        *variants(square, {}, *({"programs": n} for n in (1, 2, 3, 4))),
+        *variants(square, {"num_stages": 4}, {"block_m": 32, "num_stages": 4}),
+        *variants(square, {"block_m": 128, "num_stages": 2}),
+    ]
+    if square.block_k == 128:
+        found += variants(square, {"block_k": 64, "num_warps": 4})
+        if width % 256 == 0:
+            found += variants(square, {"block_k": 256}, {"block_k": 256, "block_m": 32})
+    if square.block_n == 128:
+        found += variants(square, {"block_n": 64, "num_warps": 4})
+        if features % 256 == 0:
+            found += variants(square, {"block_n": 256}, {"block_n": 256, "block_m": 32})
     return found
 
 

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import _tuned
-from .._launch import cdiv, dot_precision, launch, next_power_of_2, precision_of, sm_count, split
+from .._launch import (
+    capability,
+    cdiv,
+    dot_precision,
+    launch,
+    next_power_of_2,
+    precision_of,
+    sm_count,
+    split,
+)
 from . import persistent
 from .backward import finish_kernel, input_grad_kernel, norm_finish_kernel, weight_grad_kernel
 from .configs import (
@@ -317,11 +326,12 @@ def weight_grad(dz: Tensor, a: Tensor) -> Partial:
     """Partial sums of dz^T a and of dz, for dz [M, N] and a [M, K] of one dtype."""
     dz, a = as_matrix(dz), as_matrix(a)
     rows, features, width = dz.shape[0], dz.shape[1], a.shape[1]
+    target = capability(a.device)
     config = WEIGHT_GRAD.pick(
-        weight_grad_config(features, width, a.dtype),
+        weight_grad_config(features, width, a.dtype, target),
         a.device,
         a.dtype,
-        lambda: weight_grad_candidates(features, width, a.dtype),
+        lambda: weight_grad_candidates(features, width, a.dtype, target),
         lambda: {
             "m": rows,
             "n": features,
