@@ -79,7 +79,7 @@ def looks(args: Iterable[Any]) -> tuple[Any, ...]:
     found: list[Any] = [torch.get_float32_matmul_precision(), _launch.current_device()]
     for a in args:
         if isinstance(a, Tensor):
-            found += (a.dtype, a.shape, a.stride(), a.data_ptr() & 15)
+            found += (a.get_device(), a.dtype, a.shape, a.stride(), a.data_ptr() & 15)
         else:
             found.append(tuple(a) if type(a) is list else a)
     return tuple(found)

@@ -30,6 +30,7 @@ from vitkern.kernels._triton import INTERPRET
 
 from .._contest import Absent, Unfit
 from . import _packages
+from .cudnn import cudnn_attention
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def absent() -> dict[str, str]:
     return {name: reasons[0] for name, reasons in found.items() if all(reasons) and reasons[0]}
 
 
+CUDNN = Part("torch", "torch.nn.attention")
 XFORMERS = Part("xformers", "xformers.ops")
 APEX_NORM = Part("apex", "apex.normalization.fused_layer_norm", ("fused_layer_norm_cuda",))
 APEX_DENSE = Part("apex", "apex.fused_dense.fused_dense", ("fused_dense_cuda",))
@@ -585,7 +587,10 @@ def quack_linear_residual(
 
 # By op, then by the name that a report gives the peer.
 OPS: dict[str, dict[str, Peer]] = {
-    "attention": {"xformers": Peer(xformers_attention, (XFORMERS,))},
+    "attention": {
+        "cudnn": Peer(cudnn_attention, (CUDNN,), "PyTorch's own call of cuDNN"),
+        "xformers": Peer(xformers_attention, (XFORMERS,)),
+    },
     "attention_pool": {"xformers": Peer(xformers_attention_pool, (XFORMERS,))},
     "layer_norm": {
         "apex": Peer(apex_norm, (APEX_NORM,)),
