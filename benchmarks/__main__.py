@@ -127,7 +127,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="STEP",
         help="of native tests kernels sanitizer training tune models ops profile-base "
-        "profile-large models-compiled ops-compiled models-rest ops-rest (default: all)",
+        "profile-large sanitizer-tuned models-compiled ops-compiled models-rest ops-rest "
+        "(default: all)",
     )
     gpu.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # cpu: a rehearsal
 
@@ -196,6 +197,10 @@ def _add_verify(commands: Any) -> None:
     parsers["sanitizer"].add_argument(
         "--tool", nargs="+", help="of memcheck racecheck initcheck synccheck (default: all)"
     )
+    parsers["sanitizer"].add_argument(
+        "--table", type=Path, metavar="FILE",
+        help="the tuner's, whose launch configs are looked at, too (default: this card's)",
+    )  # fmt: skip
     parsers["training"].add_argument("--steps", type=int, help="default: 200")
     parsers["training"].add_argument("--only", nargs="+", metavar="NETWORK", help="default: both")
     parsers["training"].add_argument("--toy", action="store_true", help=argparse.SUPPRESS)
@@ -229,7 +234,13 @@ def _verify(options: argparse.Namespace) -> int:
 
         tools = options.tool or sanitizer.TOOLS
         return sanitizer.main(
-            results, device, options.op, tools, options.minutes, options.processes
+            results,
+            device,
+            options.op,
+            tools,
+            options.minutes,
+            options.processes,
+            table=options.table,
         )
     from ._verify import training
 

@@ -185,7 +185,7 @@ class Bench:
             # What a launch of an op costs Python is the model's to show.
             alone = contest.level == "op"
             times = self.timer.in_turns(calls, self.seconds, ahead=alone)
-            if not alone and self.timer.device.type == "cuda":
+            if not alone:
                 host = {name: self.timer.host_seconds(call, 5) for name, call in calls.items()}
         except Exception as problem:
             self._free()
@@ -207,7 +207,7 @@ class Bench:
             if seconds:
                 stats = Stats.of(seconds)
                 row["seconds"] = vars(stats)
-                if row["impl"] in host:
+                if host.get(row["impl"]):  # of a GPU; a CPU does all of it itself
                     row["host_seconds"] = host[row["impl"]]
                 if ours in times:
                     row["a_a"] = vars(Stats.of(_ratios(times[AGAIN], times[ours])))

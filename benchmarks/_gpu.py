@@ -111,10 +111,10 @@ def steps(folder: Path, device: str) -> list[Step]:
             tests_argv += ["--timeout=200", "--timeout-method=thread"]
     few = ["--op", "layer_norm"] if toy else []
 
-    def verify(what: str, share: float, *options: str) -> Step:
+    def verify(what: str, share: float, *options: str, name: str = "") -> Step:
         argv = ["-m", "benchmarks", "verify", what, "--out", str(folder), "--device", device]
         return Step(
-            what,
+            name or what,
             share,
             lambda seconds: [*argv, *options, within(seconds)],
             not_run=(2,),
@@ -147,6 +147,8 @@ def steps(folder: Path, device: str) -> list[Step]:
         bench("ops", "small", 15),
         profile("vit_base_patch16_224", 256),
         profile("vit_large_patch16_224", 128),
+        # What the tuner has chosen since; the rest is on record.
+        verify("sanitizer", 5, *few, name="sanitizer-tuned"),
         bench("models", "compiled", 15),
         bench("ops", "compiled", 5),
         bench("models", "rest", 10),

@@ -349,13 +349,13 @@ def config(
     A step of depth 64 takes 1,024 clocks for 128 x 256 outputs. It fetches 48 bytes a clock where
     the groups share a tile and 64 where they take turns, and L2 is thought to serve 39 to each
     multiprocessor. Taking turns hides the epilogue behind the other group's products. Counted in
-    instructions, that of 128 x 256 outputs takes 1,600 clocks, 3,400 with a residual, 5,700 with
-    an exponential and 9,900 with erf, which is worth the bytes up to a depth k of 250, 500, 900
-    and 1,500. Few tiles are taken in turns too: they are half as large, and so occupy more
+    instructions, that of 128 x 256 outputs takes 1,600 clocks, 3,400 with a residual, 4,600 with
+    GELU and 5,700 with a sigmoid, which is worth the bytes up to a depth k of 250, 500, 700 and
+    900. Few tiles are taken in turns too: they are half as large, and so occupy more
     multiprocessors.
     """
     part = parts(out_bytes, need_pre, residual)[0]
-    short = k <= {"": 500 if residual else 250, "relu": 250, "gelu": 1500}.get(activation, 900)
+    short = k <= {"": 500 if residual else 250, "relu": 250, "gelu": 700}.get(activation, 900)
     few = cdiv(m, 128) * cdiv(n, 256) < processors
     return shared(1 if short or few else 2, part, out_bytes, need_pre)
 

@@ -185,6 +185,12 @@ def _times(results: Results, level: str) -> list[str]:
     lines = [f"## All {level}s", "", "Median [quartiles]. Bold: what the speed-ups are of.", ""]
     head = ["group", "implementation", "time", "speed-up", "% of roofline", "peak MiB"]
     head += ["images/s"] if level == "model" else []
+    if any("host_seconds" in row for rows in groups.values() for row in rows):
+        head.append("host")
+        lines[2] += (
+            " Host: Python's part of a call, until its last launch; where it is the time, it is "
+            "what the card waits for."
+        )
     for section, names in sections(groups).items():
         made = []
         for group in names:
@@ -196,17 +202,17 @@ def _times(results: Results, level: str) -> list[str]:
 
 
 def _time(results: Results, row: Row) -> list[str]:
-    """A row's cells: implementation, time, speed-up, share of the roofline, memory, images/s."""
+    """A row's cells: implementation, time, speed-up, roofline's share, memory, images/s, host."""
     verdict = results.verdict(row)
     name = f"**{row['impl']}**" if row.get("ours") else row["impl"]
     if verdict == "wrong":
-        return [name, "failed its parity check", "", "", "", ""]
+        return [name, "failed its parity check", "", "", "", "", ""]
     marks = {"loss": " **loss**", "even": " within A/A", "missed": " **missed by auto**"}
     if "against_ours" in row:
         speed_up = f"{stats(row['against_ours']):.2f}{marks.get(verdict, '')}"
     else:
         speed_up = f"A/A {_a_a(results, row)}" if verdict == "ours" else "none: ours has no time"
-    roofline, images = row.get("roofline"), row.get("images_per_s")
+    roofline, images, host = (row.get(k) for k in ("roofline", "images_per_s", "host_seconds"))
     return [
         name,
         duration(stats(row["seconds"])) if "seconds" in row else "",
@@ -214,6 +220,7 @@ def _time(results: Results, row: Row) -> list[str]:
         "" if roofline is None else f"{100 * roofline:.0f} %",
         mib(row.get("peak_bytes")),
         "" if images is None else short(images),
+        "" if host is None else f"{1e3 * host:.3g} ms",
     ]
 
 
