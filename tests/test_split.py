@@ -18,12 +18,8 @@ def tiles_of(config: SplitConfig, features: int, width: int) -> int:
 def busy(rows: int, tiles: int, config: SplitConfig, processors: int, parts: int) -> float:
     """Of the multiprocessors' time, the part in which they multiply."""
     steps = cdiv(cdiv(rows, parts), config.block_m)
-    most = 0  # steps of the multiprocessor that has most to do, one after the other
-    left = tiles * parts
-    while left > 0:
-        wave = min(left, config.programs * processors)
-        most += cdiv(wave, processors) * steps
-        left -= wave
+    # Programs that share a multiprocessor take as long as one after the other.
+    most = cdiv(tiles * parts, processors) * steps
     return tiles * cdiv(rows, config.block_m) / processors / most
 
 
@@ -52,6 +48,12 @@ def test_the_multiprocessors_of_a_card_are_busy(width: int, tokens: int, process
         assert share >= busy(rows, tiles, SQUARE, processors, 1) - 1e-9
         if batch == 256:
             assert share > 0.88, (n, k, parts)
+
+
+def test_a_config_may_ask_for_one_wave() -> None:
+    config = SplitConfig(64, 128, 128, 8, 3, programs=2)
+    assert split(50_432, 36, config, H100, torch.bfloat16)[0] == 2 * H100 // 36
+    assert split(50_432, 144, config, H100, torch.bfloat16)[0] == 1
 
 
 def test_parts_are_worth_what_they_cost() -> None:
