@@ -390,6 +390,7 @@ COMPILED = {
     "qkv of B, one image": (197, 2304, 768, torch.bfloat16, "plain"),
     "fc1 of B": (50432, 3072, 768, torch.bfloat16, "gelu"),
     "fc1 of B, training": (50432, 3072, 768, torch.bfloat16, "gelu pre"),
+    "fc1 of S, training": (50432, 1536, 384, torch.bfloat16, "gelu pre"),
     "fc1 of G, training": (16384, 8192, 1664, torch.bfloat16, "gelu pre"),
     "fc1 of G": (16384, 8192, 1664, torch.float16, "gelu_tanh"),
     "proj of S": (50432, 384, 384, torch.bfloat16, "residual float32"),
@@ -437,7 +438,7 @@ def compile_for_hopper(label: str, chosen: Config | None = None) -> dict[str, An
 ALTERNATIVES = {
     "qkv of B, narrow parts": ("qkv of B", (2, 32, 2, False)),
     "qkv of B, narrow parts in turns": ("qkv of B", (1, 32, 2, False)),
-    "fc1 of B, training, shared": ("fc1 of B, training", (2, 32, 2, True)),
+    "fc1 of B, training, in turns": ("fc1 of B, training", (1, 32, 2, True)),
     "fc2 of B in turns": ("fc2 of B", (1, 32, 4, False)),
     "proj of S, shared": ("proj of S", (2, 32, 4, False)),
 }
