@@ -52,7 +52,7 @@ print(json.dumps({
     "gflop": [call.flops / 1e9 for call in calls],
     "elements": [call.elements for call in calls],
     "gluon": gluon().missing is None,
-    "sharers": sorted({c[c.index("SHARERS"):][:9] for c in gluon_configs}),
+    "sharers": sorted({c[c.index("SHARERS"):][:9] for c in gluon_configs if "SHARERS" in c}),
     "impls": sorted({call.impl for call in calls}),
     "labels": [f"{call.op} {call.impl} {call.label} {call.dtype}" for call in calls],
     "unlike": [str(call) for call in calls if call.images and not fits(call)],
