@@ -288,8 +288,8 @@ def norm_finish_kernel(
 @jit
 def _split(partial, split, SPLITS, size, place, mask):
     """What lies at `place` in one of the splits; zeros behind the last."""
-    there = mask & (split < SPLITS)
-    return tl.load(partial + tl.cast(split, tl.int64) * size + place, mask=there, other=0.0)
+    at = tl.cast(split, tl.int64)
+    return tl.load(partial + at * size + place, mask=mask & (at < SPLITS), other=0.0)
 
 
 @jit
