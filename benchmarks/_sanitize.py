@@ -88,8 +88,9 @@ def _recorded(launch: Launch, trace: Trace) -> Iterator[None]:
     def check(store: bool, pointers: Any, mask: Any) -> Any:
         """Record an access; the mask without its stray lanes, so that they harm nobody."""
         size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
-        # A load by a tensor descriptor brings a bare array as its mask.
-        address, active = np.broadcast_arrays(pointers.data, np.asarray(mask.data))
+        # A load by a tensor descriptor brings a bare array as its mask; a mask that a number had a
+        # part in is an array of integers.
+        address, active = np.broadcast_arrays(pointers.data, np.asarray(mask.data, dtype=bool))
         wanted = address[active]
         ends = wanted + np.uint64(size - 1)
         inside = np.isin(wanted, allowed) & np.isin(ends, allowed)
