@@ -8,11 +8,11 @@ later ones run the record: a Python function, written by `_Recorder`, that alloc
 launches compiled kernels on the new addresses, and decides nothing. Of proj of ViT-S:
 
     def replay(a0, a1, a2, a3, a4, a5, a6):
-        t0 = empty((64, 197, 384), dtype=torch.bfloat16, device=device)
-        t1 = empty((2, 6, 12608), dtype=torch.float32, device=device)
         stream = current_stream(0)
-        scratch(run0, 396, 1, 1, stream, ..., a0.data_ptr(), a1.data_ptr(), a2.data_ptr(), ...)
-        return t0, t1
+        t0 = empty_cuda((64, 197, 384), (75648, 384, 1), torch.bfloat16)
+        t1 = empty_cuda((2, 6, 12608), (75648, 12608, 1), torch.float32)
+        scratch(run15, 132, 1, 1, stream, ..., a0.data_ptr(), a1.data_ptr(), a2.data_ptr(), ...)
+        return t0, t1,
 
 Not recorded: what runs while a tool looks at launches (`_launch.watched`), calls on a device that
 is not the current one, and launchers that read values on the host or launch with more than tensors,
@@ -125,8 +125,10 @@ class _Recorder(TorchDispatchMode):
         self.problem: str | None = None
         self.steps: list[_Step] = []
         self.results = ""
-        self.names: dict[int, str] = {}  # of tensors by id; of a view the kernels' pointers need
-        self.roots: dict[int, tuple[str, int]] = {}  # the name of its memory, and the offset there
+        # Of tensors by id: the name; and that of the tensor whose memory it views, with the offset
+        # in bytes, by which kernels get an address without the view being made.
+        self.names: dict[int, str] = {}
+        self.roots: dict[int, tuple[str, int]] = {}
         self.alive: list[Tensor] = []  # so that an id stays one tensor's
         self.fresh = itertools.count()
         self.busy = False

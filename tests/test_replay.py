@@ -14,9 +14,7 @@ from vitkern.kernels import _configs, _launch, _replay, _tuned
 from vitkern.kernels._op import Op, Sample
 from vitkern.kernels._replay import record, replayed
 
-LAUNCHERS = [
-    (op, impl, sample) for op, sample in KERNEL_SAMPLES for impl in op.launchers if impl != "gluon"
-]
+LAUNCHERS = [(op, impl, sample) for op, sample in KERNEL_SAMPLES for impl in op.launchers]
 
 
 def positional(launcher: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
